@@ -1,0 +1,100 @@
+"""Batches of a data set that lives on the device as uint8.
+
+What an image looks like in an epoch, and when it comes, are pure functions of (seed, epoch, index):
+so a run can go on in the middle of an epoch without replaying it, and the SGD batch, the protocol
+and the device change neither.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from data.splits import Split
+
+BLOCK = 512  # images that are cut out and normalized at once, however small the batch
+
+
+class Loader:
+    """`train`: SGD batches of augmented images; `test`: every test image exactly once.
+
+    `crop`: pixels of zero padding from which a window of the original size is cut; `flip`: mirror
+    half of the images. Pixels are normalized by the training images' mean and deviation.
+    """
+
+    def __init__(
+        self,
+        train: Split,
+        test: Split,
+        sgd_batch: int,
+        seed: int,
+        crop: int = 0,
+        flip: bool = False,
+        device: torch.device | str = "cpu",
+    ):
+        if sgd_batch > len(train):
+            raise ValueError(
+                f"protocol.sgd_batch={sgd_batch} (batch size and protocol give it): larger than "
+                f"the {len(train)} training images; expected at most {len(train)}"
+            )
+        self.seed, self.sgd_batch, self.crop, self.flip = seed, sgd_batch, crop, flip
+        self.updates_per_epoch, self.left_out = divmod(len(train), sgd_batch)
+        # Histograms, not sums of floats: the same to the last bit on every device.
+        values = np.arange(256) / 255
+        stats = []
+        for channel in train.images.transpose(0, 1).numpy():
+            weights = np.bincount(channel.ravel(), minlength=256)
+            mean = np.average(values, weights=weights)
+            stats.append((mean, np.average((values - mean) ** 2, weights=weights) ** 0.5 or 1.0))
+        mean, std = torch.tensor(stats, dtype=torch.float32, device=device).T[:, :, None, None]
+        self.scale, self.shift = 1 / (255 * std), -mean / std
+        self.size = train.images.shape[-1]
+        # Zeros around the images once, so that a crop is a single gather from them.
+        self.images = F.pad(train.images.to(device), (crop,) * 4)
+        self.labels = train.labels.to(device)
+        self.test_images, self.test_labels = test.images.to(device), test.labels.to(device)
+
+    def __len__(self) -> int:
+        return self.updates_per_epoch
+
+    def train(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """The SGD batches of an epoch from number `start` on: (S, C, H, W) float32, (S,)."""
+        rng = np.random.default_rng([self.seed, epoch])
+        count = len(self.labels)
+        order = rng.permutation(count)[start * self.sgd_batch : len(self) * self.sgd_batch]
+        shifts = rng.integers(0, 2 * self.crop + 1, (count, 2))  # of every image, by its index
+        mirrored = rng.integers(0, 2, count) * self.flip
+        draws = torch.from_numpy(np.column_stack([order, shifts[order], mirrored[order]]))
+        block = max(1, BLOCK // self.sgd_batch) * self.sgd_batch
+        for part in draws.to(self.images.device).split(block):
+            images, labels = self.augment(*part.T)
+            yield from zip(
+                images.split(self.sgd_batch), labels.split(self.sgd_batch), strict=True
+            )
+
+    def augment(self, index: Tensor, y: Tensor, x: Tensor, mirror: Tensor) -> tuple[Tensor, Tensor]:
+        """Image `index[i]` from row `y[i]` and column `x[i]` of the padded one, mirrored or not."""
+        window = torch.arange(self.size, device=index.device)
+        columns = torch.where(mirror[:, None] > 0, self.size - 1 - window, window)
+        rows, columns = y[:, None] + window, x[:, None] + columns
+        cut = self.images[index[:, None, None], :, rows[:, :, None], columns[:, None, :]]
+        return self.normalize(cut.permute(0, 3, 1, 2)), self.labels[index]
+
+    def test(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """All test images in order, at most `size` at a time."""
+        for images, labels in zip(
+            self.test_images.split(size), self.test_labels.split(size), strict=True
+        ):
+            yield self.normalize(images), labels
+
+    def sample(self, count: int) -> Tensor:
+        """The first `count` training images of epoch 0 as they are, whatever the batch size."""
+        order = np.random.default_rng([self.seed, 0]).permutation(len(self.labels))[:count]
+        inner = slice(self.crop, self.crop + self.size)
+        index = torch.from_numpy(order).to(self.images.device)
+        return self.normalize(self.images[index][:, :, inner, inner])
+
+    def normalize(self, images: Tensor) -> Tensor:
+        return images.float() * self.scale + self.shift

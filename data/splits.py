@@ -1,0 +1,36 @@
+"""Images with labels, and stratified parts of them."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Split:
+    """`images`: (N, C, H, W) uint8; `labels`: (N,) int64."""
+
+    images: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def take(self, index: Tensor) -> "Split":
+        return Split(self.images[index], self.labels[index])
+
+
+def stratified(split: Split, fraction: float, salt: int) -> tuple[Split, Split]:
+    """`split` in two, the first with `fraction` of every class (rounded, at least one image).
+
+    Which images is a function of `salt` alone: not of the run's seed, so that all runs of a study
+    see the same ones. Both parts keep the order of `split`.
+    """
+    chosen = torch.zeros(len(split), dtype=torch.bool)
+    rng = np.random.default_rng([salt, 0x5711])
+    for label in split.labels.unique():
+        members = (split.labels == label).nonzero().flatten()
+        count = max(1, round(fraction * len(members)))
+        chosen[members[torch.from_numpy(rng.permutation(len(members))[:count])]] = True
+    return split.take(chosen), split.take(~chosen)

@@ -1,0 +1,120 @@
+"""Networks by name: `models.build("resnet20", scheme=norms.build("gn"), num_classes=10)`."""
+
+import copy
+import warnings
+from difflib import get_close_matches
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import norms
+from models.resnet import BasicBlock, Bottleneck, ResNet
+from norms import Scheme
+
+# The CIFAR networks of He et al.: 6n + 2 layers in three stages, shortcuts without parameters.
+# Those of the PWS paper: ImageNet's widths on a 3x3 stem. Then the ImageNet ones.
+_CIFAR: dict[str, Any] = dict(make_block=BasicBlock, widths=(16, 32, 64), stem="cifar", pad=True)
+_WIDE: dict[str, Any] = dict(widths=(64, 128, 256, 512), pad=False)
+_RESNEXT = partial(Bottleneck, groups=32, group_width=4)
+NETWORKS: dict[str, dict[str, Any]] = {
+    "resnet8": dict(_CIFAR, depths=(1, 1, 1)),
+    "resnet20": dict(_CIFAR, depths=(3, 3, 3)),
+    "resnet32": dict(_CIFAR, depths=(5, 5, 5)),
+    "resnet56": dict(_CIFAR, depths=(9, 9, 9)),
+    "resnet110": dict(_CIFAR, depths=(18, 18, 18)),
+    "resnet18_cifar": dict(_WIDE, make_block=BasicBlock, depths=(2, 2, 2, 2), stem="cifar"),
+    "resnet34_cifar": dict(_WIDE, make_block=BasicBlock, depths=(3, 4, 6, 3), stem="cifar"),
+    "resnet18": dict(_WIDE, make_block=BasicBlock, depths=(2, 2, 2, 2), stem="imagenet"),
+    "resnet34": dict(_WIDE, make_block=BasicBlock, depths=(3, 4, 6, 3), stem="imagenet"),
+    "resnet50": dict(_WIDE, make_block=Bottleneck, depths=(3, 4, 6, 3), stem="imagenet"),
+    "resnet101": dict(_WIDE, make_block=Bottleneck, depths=(3, 4, 23, 3), stem="imagenet"),
+    "resnext50_32x4d": dict(_WIDE, make_block=_RESNEXT, depths=(3, 4, 6, 3), stem="imagenet"),
+}
+
+
+def _pick(name: str, known: list[str], more: str = "") -> str:
+    if name in known:
+        return name
+    near = get_close_matches(str(name), known, n=3, cutoff=0.5)
+    hint = f" (did you mean {' or '.join(near)}?)" if near else ""
+    raise ValueError(f"model.name={name}: unknown{hint}; allowed: {more or ', '.join(known)}")
+
+
+def _host(library: str, name: str, num_classes: int, in_channels: int) -> nn.Module:
+    """A network of timm or torchvision, untrained."""
+    if library == "timm":
+        import timm
+
+        _pick(name, timm.list_models(), "timm.list_models()")
+        return timm.create_model(name, num_classes=num_classes, in_chans=in_channels)
+    if library == "torchvision":
+        import torchvision
+
+        _pick(name, torchvision.models.list_models(torchvision.models), "torchvision.models")
+        if in_channels != 3:
+            raise ValueError(
+                f"model=torchvision: its networks take 3 channels and the data has {in_channels}; "
+                f"model=timm model.name={name} takes any number"
+            )
+        with warnings.catch_warnings():  # of GoogLeNet and Inception: that their start is slow
+            warnings.simplefilter("ignore", FutureWarning)
+            return torchvision.models.get_model(name, weights=None, num_classes=num_classes)
+    raise ValueError(f"model.library={library}: expected null, timm or torchvision")
+
+
+def build(
+    name: str,
+    *,
+    scheme: Scheme,
+    num_classes: int,
+    in_channels: int = 3,
+    library: str | None = None,
+    block: str = "auto",
+    zero_init: bool | str = "auto",
+) -> nn.Module:
+    """The network `name` with the layers of `scheme`: (N, in_channels, H, W) -> (N, num_classes).
+
+    `block`: the order in a residual block, "post" or "pws"; "auto": as the scheme's paper.
+    `zero_init`: whether the last norm of each branch starts at zero; "auto" likewise.
+    `library`: "timm" or "torchvision", whose network is then converted and keeps its own order and
+    start. Raises `ValueError` for anything unknown.
+    """
+    if block not in ("auto", "post", "pws"):
+        raise ValueError(f"model.block={block}: expected auto, post or pws")
+    if zero_init not in ("auto", True, False):
+        raise ValueError(f"model.zero_init={zero_init}: expected auto, true or false")
+    if library:
+        for key, value in (("block", block), ("zero_init", zero_init)):
+            if value != "auto":
+                raise ValueError(
+                    f"model.{key}={value}: a network of {library} keeps its own; expected auto"
+                )
+        return norms.convert(_host(library, name, num_classes, in_channels), scheme)
+    model = ResNet(
+        scheme,
+        num_classes,
+        in_channels,
+        block=scheme.block if block == "auto" else block,
+        zero_init=scheme.zero_init if zero_init == "auto" else bool(zero_init),
+        **NETWORKS[_pick(name, list(NETWORKS))],
+    )
+    if scheme.check:
+        scheme.check(model)
+    return model
+
+
+@torch.no_grad()
+def rehearse(model: nn.Module, shape: tuple[int, int, int, int], num_classes: int) -> None:
+    """A training forward pass without data or arithmetic, for the errors that it would raise.
+
+    Runs a copy of the model on the meta device. Raises `ValueError`, also for a network that
+    returns anything but logits (N, num_classes).
+    """
+    logits = copy.deepcopy(model).to("meta").train()(torch.empty(shape, device="meta"))
+    if not isinstance(logits, Tensor) or logits.shape != (shape[0], num_classes):
+        raise ValueError(
+            f"{type(model).__name__} returns {getattr(logits, 'shape', type(logits).__name__)} in "
+            f"training; expected logits of shape ({shape[0]}, {num_classes})"
+        )

@@ -1,0 +1,65 @@
+"""Normalization methods, one file each; this folder needs nothing but torch.
+
+    scheme = norms.build("mabn", batch_size=2)
+    scheme.conv(64, 128, 3, padding=1), scheme.norm(128)
+    norms.convert(any_network, scheme)
+"""
+
+import importlib
+import inspect
+import pkgutil
+from difflib import get_close_matches
+
+from norms.bcn import BatchChannelNorm2d, EstimatedBatchNorm2d
+from norms.bn import GhostBatchNorm2d
+from norms.convert import convert
+from norms.mabn import CenteredConv2d, MABN2d
+from norms.pws import PWSConv2d
+from norms.scheme import Scheme
+from norms.ws_gn import WSConv2d
+
+__all__ = [
+    "BatchChannelNorm2d",
+    "CenteredConv2d",
+    "EstimatedBatchNorm2d",
+    "GhostBatchNorm2d",
+    "MABN2d",
+    "PWSConv2d",
+    "Scheme",
+    "WSConv2d",
+    "build",
+    "convert",
+    "names",
+]
+
+_SHARED = {"convert", "moments", "scheme"}  # files of this folder that are no method
+
+
+def names() -> list[str]:
+    """The methods there are: the files of this folder."""
+    return sorted(m.name for m in pkgutil.iter_modules(__path__) if m.name not in _SHARED)
+
+
+def _unknown(what: str, name: str, known: list[str]) -> ValueError:
+    near = get_close_matches(name, known, n=1, cutoff=0.5)
+    hint = f" (did you mean {near[0]}?)" if near else ""
+    return ValueError(f"{what}: unknown{hint}; allowed: {', '.join(known)}")
+
+
+def build(name: str, *, batch_size: int | None = None, **options) -> Scheme:
+    """The scheme `name`, whose statistics are over `batch_size` images (None: a whole batch).
+
+    Raises `ValueError` for an unknown name or option, naming near matches.
+    """
+    if name not in names():
+        raise _unknown(f"norm={name}", name, names())
+    if batch_size is not None and (
+        not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1
+    ):
+        raise ValueError(f"batch={batch_size}: expected a whole number of images from 1")
+    make = importlib.import_module(f"norms.{name}").scheme
+    known = [p for p in inspect.signature(make).parameters if p != "batch_size"]
+    for option in options:
+        if option not in known:
+            raise _unknown(f"norm.{option} (norm={name})", option, known)
+    return make(batch_size=batch_size, **options)

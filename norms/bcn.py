@@ -1,0 +1,138 @@
+"""Batch-channel normalization. Qiao et al., arXiv 1911.09738, eqs. 12-15 and their code.
+
+    z = BN(x)                                    affine per channel, moving averages as usual
+    y = gamma_g * (z - mean_ng) / sqrt(var_ng + eps) + beta_g
+
+The second line is a group norm of z (mean and biased variance per image n and channel group g)
+whose affine has one pair per *group*. The convolutions are weight-standardized with the unbiased
+variance and eps inside the root. Both norms' statistics follow from the moments of each map, so x
+is read once for both.
+
+`EstimatedBatchNorm2d` is the first line for micro-batches: it normalizes by moving estimates,
+
+    mu <- (1 - r) mu + r mean(x)     var <- (1 - r) var + r mean((x - mu_old)^2)
+    z = w * (x - mu) / sqrt(var + eps) + b
+
+in training and evaluation alike, without gradients through the estimates. The authors' code never
+sets the rate r (it stays at 0, where nothing is estimated); ours is an argument without a default.
+"""
+
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from norms import moments as m
+from norms.bn import GhostBatchNorm2d
+from norms.gn import check_groups, fit_groups
+from norms.scheme import Scheme, conv
+from norms.ws_gn import WSConv2d
+
+
+class EstimatedBatchNorm2d(nn.Module):
+    """Batch norm by moving estimates, which the current batch has already moved.
+
+    (N, C, H, W) -> (N, C, H, W); groups of `batch_size` images (None: all) move the estimates one
+    after another. In evaluation they stay as they are.
+    """
+
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(
+        self, num_features: int, rate: float, batch_size: int | None = None, eps: float = 1e-5
+    ):
+        super().__init__()
+        self.num_features, self.rate, self.batch_size, self.eps = num_features, rate, batch_size, eps
+        self.weight = nn.Parameter(torch.ones(num_features))
+        self.bias = nn.Parameter(torch.zeros(num_features))
+        self.register_buffer("running_mean", torch.zeros(num_features))
+        self.register_buffer("running_var", torch.ones(num_features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        m.check_4d(x)
+        mean, var = self.running_mean[None], self.running_var[None]
+        if self.training:
+            mean, var = self.update(x.detach())
+        scale = self.weight * torch.rsqrt(var + self.eps)
+        return m.affine(x, scale, self.bias - mean * scale)
+
+    @torch.no_grad()
+    def update(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Move the estimates by every group in turn; return those that each image meets, (N, C)."""
+        mean, var = (m.split(s, self.batch_size) for s in m.moments(x))
+        size = mean.shape[1]
+        mean, var = m.pool(mean, var, dim=1)
+        means = m.moving_average(self.running_mean, mean, self.rate)
+        around_old = var + (mean - means[:-1]) ** 2
+        variances = m.moving_average(self.running_var, around_old, self.rate)
+        self.running_mean.copy_(means[-1])
+        self.running_var.copy_(variances[-1])
+        return means[1:].repeat_interleave(size, 0), variances[1:].repeat_interleave(size, 0)
+
+
+class BatchChannelNorm2d(nn.Module):
+    """Batch norm, then group norm with an affine per group; (N, C, H, W) -> (N, C, H, W).
+
+    `bn` holds the batch norm (per-channel affine, moving averages); `weight` and `bias`, of shape
+    (num_groups,), are the channel norm's. Batch statistics are over groups of `batch_size` images
+    (None: all of them). Raises `ValueError` if `num_groups` does not divide `num_features`.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        num_groups: int,
+        batch_size: int | None = None,
+        eps: float = 1e-5,
+        momentum: float = 0.1,
+    ):
+        super().__init__()
+        if num_features % num_groups:
+            raise ValueError(f"num_groups={num_groups} does not divide num_features={num_features}")
+        self.num_channels, self.num_groups, self.eps = num_features, num_groups, eps
+        self.bn = GhostBatchNorm2d(num_features, batch_size, eps, momentum)
+        self.weight = nn.Parameter(torch.ones(num_groups))
+        self.bias = nn.Parameter(torch.zeros(num_groups))
+
+    def forward(self, x: Tensor) -> Tensor:
+        m.check_4d(x)
+        if self.training:
+            m.check_variance(x, self.bn.batch_size)
+        mean, var = m.moments(x)
+        scale, shift = self.bn.scale_shift(mean, var, x.shape[2] * x.shape[3])  # z = x*scale + shift
+        channels = self.num_channels // self.num_groups
+        mean, var = m.pool(  # of z, per image and channel group: (N, num_groups)
+            (mean * scale + shift).unflatten(1, (-1, channels)),
+            (var * scale**2).unflatten(1, (-1, channels)),
+            dim=2,
+        )
+        gain = self.weight * torch.rsqrt(var + self.eps)  # y = z*gain + (bias - mean*gain)
+        offset = (self.bias - mean * gain).repeat_interleave(channels, 1)
+        gain = gain.repeat_interleave(channels, 1)
+        return m.affine(x, scale * gain, shift * gain + offset)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_channels}, num_groups={self.num_groups}"
+
+
+def scheme(
+    batch_size: int | None = None,
+    groups: int = 32,
+    min_channels: int = 2,
+    eps: float = 1e-5,
+    momentum: float = 0.1,
+) -> Scheme:
+    """Standardized convolutions and BCN with batch statistics at every batch size."""
+
+    def norm(channels: int) -> BatchChannelNorm2d:
+        fit = fit_groups(channels, groups, min_channels)
+        return BatchChannelNorm2d(channels, fit, batch_size, eps, momentum)
+
+    return Scheme(
+        name="bcn",
+        conv=partial(conv, partial(WSConv2d, eps_inside=True)),
+        norm=norm,
+        zero_init=True,
+        check=check_groups(groups, min_channels),
+    )

@@ -1,0 +1,127 @@
+"""Weight standardization without activation norms (PWS). arXiv 2103.11590 (AAAI 2021).
+
+    W'_k = sqrt(2 / fan) * alpha_k * (W_k - mean(W_k)) / sqrt(var(W_k) + gamma)
+    y = conv(x, W') + beta
+
+per output filter k, with the biased variance. alpha is learned, starts at 1 and is never decayed;
+beta is the convolution's ordinary bias; gamma is a constant and not a small epsilon: at the start
+a filter is shrunk by sqrt(v / (v + gamma)), v = 2 / fan, 0.55 for 3x3x512 at gamma = 1e-3.
+
+Two norms remain, GN with one group after the stem and after the last stage, and the residual block
+keeps its identity ahead of the ReLU (`block="pws"`). Defaults are those of the authors' CIFAR
+configuration. Options of theirs: `equiv` (gamma relative to v), `init_alpha` (data-dependent: the
+first convolution of each branch, the stem and the shortcuts start with the output variance 2) and
+`mode`, the fan that is meant.
+"""
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.init import _calculate_correct_fan
+
+from norms.scheme import Scheme, he_init
+
+
+class PWSConv2d(nn.Conv2d):
+    """`nn.Conv2d` with the weights above; `alpha` has one value per filter, shape (C_out,).
+
+    `mode`: "fan_in" or "fan_out"; `equiv`: gamma counts in units of the initial variance 2/fan.
+    Raises `ValueError` where a filter has a single weight, or for another mode.
+    """
+
+    no_weight_decay = ("alpha",)
+    inner = False  # whether it is the second or a later convolution of a residual branch
+
+    def __init__(
+        self,
+        *args,
+        gamma: float = 1e-3,
+        equiv: bool = False,
+        mode: str = "fan_in",
+        **kwargs,
+    ):
+        super().__init__(*args, **kwargs)
+        if self.weight[0].numel() < 2:
+            raise ValueError(
+                f"PWSConv2d: a filter of 1 weight cannot be standardized (in_channels="
+                f"{self.in_channels}, groups={self.groups}, kernel_size={self.kernel_size})"
+            )
+        if mode not in ("fan_in", "fan_out"):
+            raise ValueError(f"norm.mode={mode}: expected fan_in or fan_out")
+        variance = 2 / _calculate_correct_fan(self.weight, mode)
+        self.gain = variance**0.5
+        self.gamma = gamma * variance if equiv else gamma
+        self.alpha = nn.Parameter(self.weight.new_ones(self.out_channels))
+        he_init(self, mode)
+
+    def standardized(self) -> Tensor:
+        """The weights that the convolution uses."""
+        # One fused call: a batch norm over the filters as channels is the formula to the letter
+        # (biased variance, gamma inside the root). The permuted view keeps channels-last weights
+        # channels-last without a copy.
+        out, weight = self.out_channels, self.weight.permute(0, 2, 3, 1)
+        flat = weight.reshape(1, out, -1)
+        scale = self.alpha * self.gain
+        flat = F.batch_norm(flat, None, None, scale, training=True, eps=self.gamma)
+        return flat.reshape(weight.shape).permute(0, 3, 1, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._conv_forward(x, self.standardized(), self.bias)
+
+
+@torch.no_grad()
+def initialize_alpha(model: nn.Module, images: Tensor) -> None:
+    """Set alpha so that each outer convolution's output has variance 2, in one forward pass.
+
+    One scalar for a layer (the unbiased variance over images, channels and positions), from the
+    stem onwards, so that each layer sees what its already rescaled predecessors give.
+    """
+
+    def rescale(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        assert isinstance(layer, PWSConv2d)
+        layer.alpha.fill_((2 / output.float().var()).sqrt())
+        return layer.forward(*inputs)
+
+    outer = [x for x in model.modules() if isinstance(x, PWSConv2d) and not x.inner]
+    for layer in outer:
+        nn.init.ones_(layer.alpha)
+    hooks = [layer.register_forward_hook(rescale) for layer in outer]
+    training = model.training
+    try:
+        model.train()(images)
+    finally:
+        model.train(training)
+        for hook in hooks:
+            hook.remove()
+
+
+def conv(*args, inner: bool = False, bias: bool = True, **kwargs) -> PWSConv2d:
+    """A PWS convolution, with a bias since no norm follows it."""
+    layer = PWSConv2d(*args, bias=bias, **kwargs)
+    layer.inner = inner
+    return layer
+
+
+def identity(channels: int) -> nn.Identity:
+    return nn.Identity()
+
+
+def scheme(
+    batch_size: int | None = None,
+    gamma: float = 1e-3,
+    equiv: bool = False,
+    mode: str = "fan_in",
+    init_alpha: bool = False,
+) -> Scheme:
+    """PWS convolutions with bias; GN(1) at both ends of the network, nothing in between."""
+    return Scheme(
+        name="pws",
+        conv=partial(conv, gamma=gamma, equiv=equiv, mode=mode),
+        norm=identity,
+        end_norm=partial(nn.GroupNorm, 1),
+        block="pws",
+        batch_free=True,
+        initialize=initialize_alpha if init_alpha else None,
+    )

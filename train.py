@@ -1,0 +1,73 @@
+"""Train one network with one normalization at one batch size.
+
+    python train.py norm=pws batch=2
+    python train.py -m norm=bn,gn,ws_gn,bcn,pws,mabn batch=2,4,8,16,32 seed=0,1,2
+
+`--help` lists all choices and keys; a run's folder follows from them.
+"""
+
+import hydra
+from omegaconf import DictConfig
+
+from training import cli
+
+
+@hydra.main(version_base="1.3", config_path="configs", config_name="config")
+def main(cfg: DictConfig) -> float | None:
+    """One run; returns its top-1 accuracy in %, or None if it diverged."""
+    import torch  # here and not above: --help and a mistyped key need not wait for it
+
+    import data
+    import models
+    import norms
+    from training import config, device, loop, report
+    from training.progress import say
+    from training.run import Run
+
+    # Every mistake that can be seen without data is found before the run has a folder.
+    config.check(cfg)
+    plan = config.plan(cfg)
+    where = device.find(cfg.device)
+    source = data.find(cfg.data)
+    options = {k: v for k, v in cfg.norm.items() if k != "name"}
+    scheme = norms.build(cfg.norm.name, batch_size=plan.batch, **options)
+    torch.manual_seed(cfg.seed)
+    model = models.build(
+        **cfg.model, scheme=scheme, num_classes=source.num_classes, in_channels=source.channels
+    )
+    shape = (plan.forward, source.channels, source.size, source.size)
+    models.rehearse(model, shape, source.num_classes)
+
+    with Run(cfg, say) as run:
+        if run.result:
+            say(f"{run.folder}: {run.result['status']} already, skipped")
+            return run.result["top1"]
+        state = run.load()
+        device.prepare(where, cfg.runtime.threads, state, say)
+
+        train, test = data.read(source, cfg.data)
+        loader = data.Loader(
+            train,
+            test,
+            plan.sgd_batch,
+            seed=cfg.seed,
+            crop=cfg.recipe.crop,
+            flip=cfg.recipe.flip,
+            device=where,
+        )
+        model.to(where)
+        if scheme.initialize and state is None:
+            scheme.initialize(model, loader.sample(128))
+
+        done = state["progress"]["update"] if state else 0
+        say(f"{run.folder}" + (f": goes on after update {done}" if done else ""))
+        say(report.describe(cfg, plan, model, loader, where))
+        progress = loop.train(model, loader, plan, cfg.recipe, cfg.runtime, run, state)
+        result = report.result(cfg, plan, model, loader, scheme.batch_free, progress)
+        run.finish(result)
+        say(report.closing(result))
+        return result["top1"]
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,121 @@
+"""The command line's manners: a mistake of the user gets one line, a fault of ours its traceback."""
+
+import os
+import re
+import sys
+import traceback
+from collections.abc import Callable
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.utils import JobReturn, JobStatus
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from hydra.experimental.callback import Callback
+from hydra.types import RunMode
+from omegaconf.errors import OmegaConfBaseException
+
+from training.config import flatten
+
+FULL = os.environ.get("HYDRA_FULL_ERROR") == "1"
+MISTAKES = (ValueError, OSError, HydraException, OmegaConfBaseException)
+FLAGS = re.compile(
+    r"-(h|p|r|m|c|i|sc|cp|cn|cd|-help|-hydra-help|-version|-cfg|-resolve|-package|-run|-multirun"
+    r"|-shell-completion|-config-path|-config-name|-config-dir|-experimental-rerun|-info)(=.*)?"
+)
+
+
+def near(word: str, known: list[str]) -> str:
+    matches = get_close_matches(word, known, n=3, cutoff=0.5)
+    return f" (did you mean {' or '.join(matches)}?)" if matches else ""
+
+
+def explain(error: BaseException) -> str:
+    """What is wrong, in one line: the key, the value and what is allowed."""
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
+        group, _, option = str(error.missing_cfg_file).rpartition("/")
+        options = list(error.options or [])
+        return f"{group}={option}: unknown{near(option, options)}; allowed: {', '.join(options)}"
+    if isinstance(error, OverrideParseException):
+        return f"{error.override}: cannot be read; expected KEY=VALUE, such as batch=2 or norm=gn"
+    if type(error).__name__ == "OutOfMemoryError":  # torch's, without importing it
+        return f"out of memory: a smaller protocol.forward or model needs less ({first(error)})"
+    if isinstance(error, HydraException | OmegaConfBaseException):
+        cause = error.__cause__
+        unknown = re.match(r"Could not override '([^']*)'", str(error))
+        if unknown:
+            key = getattr(cause, "full_key", None) or unknown[1]
+            keys = known_keys()
+            return f"{key}: no such key{near(key, keys)}; --help lists all"
+        return first(error) + (f" ({first(cause)})" if cause else "")
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def first(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0].rstrip(".:")
+
+
+def known_keys() -> list[str]:
+    from hydra import compose, initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(Path(__file__).parent.parent / "configs"), version_base="1.3"):
+        keys = list(flatten(compose("config")))
+    return sorted({*keys, *(k.split(".")[0] for k in keys), "experiment"})
+
+
+def complain(error: BaseException, what: str = "") -> None:
+    print(f"error: {what}{explain(error)}", file=sys.stderr)
+
+
+def is_mistake(error: BaseException) -> bool:
+    return isinstance(error, MISTAKES) or type(error).__name__ == "OutOfMemoryError"
+
+
+class Report(Callback):
+    """Says in one line why a run failed: at once in a sweep, which then goes on."""
+
+    failures = 0
+
+    def on_job_end(self, config: Any, job_return: JobReturn, **kwargs: Any) -> None:
+        error = job_return._return_value
+        if job_return.status == JobStatus.FAILED and HydraConfig.get().mode == RunMode.MULTIRUN:
+            Report.failures += 1
+            complain(error, f"{' '.join(job_return.overrides or [])}: ")
+            if not is_mistake(error):
+                traceback.print_exception(error)
+
+    def on_run_end(self, config: Any, job_return: JobReturn, **kwargs: Any) -> None:
+        error = job_return._return_value
+        if job_return.status == JobStatus.FAILED and is_mistake(error) and not FULL:
+            complain(error)
+            sys.exit(1)  # the job is over; Hydra would put a line of its own before ours
+
+
+def run(main: Callable[[], Any]) -> None:
+    """Call Hydra's entry point; exit 2 for what cannot be composed, 1 for what cannot be run."""
+    for word in sys.argv[1:]:
+        if word.startswith("-") and not FLAGS.fullmatch(word):
+            key = word.lstrip("-").split("=")[0]
+            complain(ValueError(f"{word}: keys are written without dashes: {key}=VALUE"))
+            sys.exit(2)
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # so that Hydra leaves its errors to us
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        sys.exit(130)
+    except Exception as error:
+        if FULL or not (Report.failures or is_mistake(error)):
+            raise
+        if Report.failures:
+            print(
+                f"error: {Report.failures} of these runs failed, see above; the same command "
+                f"tries them again and skips the finished ones",
+                file=sys.stderr,
+            )
+        else:
+            complain(error)
+        sys.exit(2 if isinstance(error, HydraException) else 1)

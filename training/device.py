@@ -1,0 +1,35 @@
+"""Where a run computes."""
+
+import os
+from typing import Any
+
+import torch
+
+from training.run import Say
+
+
+def find(name: str) -> torch.device:
+    """The device of the key `device`; raises `ValueError` if there is none of that name."""
+    gpus = torch.cuda.device_count()
+    if name == "auto":
+        return torch.device("cuda" if gpus else "cpu")
+    allowed = ["auto", "cpu", *(["cuda"] if gpus else []), *(f"cuda:{i}" for i in range(gpus))]
+    if name not in allowed:
+        why = "" if gpus or not str(name).startswith("cuda") else "torch finds no GPU here; "
+        raise ValueError(f"device={name}: {why}expected {', '.join(allowed)}")
+    return torch.device(name)
+
+
+def prepare(device: torch.device, threads: int | None, state: Any, say: Say) -> None:
+    """Undo what an earlier run in this process left, and set the number of CPU threads: the
+    configured one, else the checkpoint's, else one for every core."""
+    before = state["threads"] if state else None
+    torch.set_num_threads(threads or before or len(os.sched_getaffinity(0)))
+    if before and before != torch.get_num_threads() and device.type == "cpu":
+        say(
+            f"runtime.threads={threads}: the checkpoint was made with {before}, so the last bits "
+            f"will differ from those of an uninterrupted run"
+        )
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)

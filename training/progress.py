@@ -1,0 +1,54 @@
+"""What a person sees while a run trains: a bar on a terminal, lines elsewhere."""
+
+import sys
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+console = Console(highlight=False, soft_wrap=True)
+
+
+def say(text: str) -> None:
+    """One line, above the bar if there is one."""
+    console.print(text, markup=False)
+    sys.stdout.flush()
+
+
+class Board:
+    """Shows updates as they go by and one line for each epoch. `style`: auto, bar, lines, none."""
+
+    def __init__(self, style: str, updates: int, done: int):
+        if style == "auto":
+            style = "bar" if console.is_terminal else "lines"
+        self.style = style
+        self.bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.completed}/{task.total} updates {task.fields[text]}"),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+            disable=style != "bar",
+        )
+        self.task = self.bar.add_task("starting", total=updates, completed=done, text="")
+
+    def __enter__(self) -> "Board":
+        self.bar.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.bar.stop()
+
+    def update(self, epoch: int, done: int, loss: float, top1: float, speed: float) -> None:
+        text = f"· loss {loss:.3f} · {top1:.1f} % · {speed:,.0f} images/s"
+        self.bar.update(self.task, description=f"epoch {epoch}", completed=done, text=text)
+
+    def epoch(self, row: dict[str, Any], epochs: int) -> None:
+        if self.style == "none":
+            return
+        test = f", test {row['test_top1']:.2f} %" if row["test_top1"] != "" else ""
+        say(
+            f"  epoch {row['epoch']}/{epochs}: loss {row['train_loss']:.3f}, "
+            f"train {row['train_top1']:.2f} %{test}, {row['images_per_second']:,.0f} images/s"
+        )

@@ -1,0 +1,108 @@
+"""What a run says before it starts, and the result that it leaves."""
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+from torch import nn
+
+from training.config import Plan
+from training.loop import Progress
+
+PACKAGES = ("torch", "torchvision", "timm", "hydra-core", "omegaconf", "numpy")
+
+
+def model_name(cfg: DictConfig) -> str:
+    return f"{cfg.model.library}/{cfg.model.name}" if cfg.model.library else cfg.model.name
+
+
+def parameters(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def describe(cfg: DictConfig, plan: Plan, model: nn.Module, loader: Any, device: torch.device) -> str:
+    """The numbers that follow from the configuration, in a few lines."""
+    recipe, per_epoch = cfg.recipe, len(loader)
+    groups, passes = plan.forward // plan.batch, plan.sgd_batch // plan.forward
+    how = f"{passes} forward passes of {plan.forward} images" if passes > 1 else "one forward pass"
+    if groups > 1:
+        how += f", {groups} groups of {plan.batch} in each"
+    length = f"{recipe.updates} updates" if recipe.updates else f"{recipe.epochs} epochs"
+    left = f", leaving out {loader.left_out} images" if loader.left_out else ""
+    on = f"{torch.get_num_threads()} threads" if device.type == "cpu" else ""
+    if device.type == "cuda":
+        on = torch.cuda.get_device_name(device)
+    return (
+        f"  batch size {plan.batch} (images that share statistics), SGD batch {plan.sgd_batch} "
+        f"({cfg.protocol.name}: {how})\n"
+        f"  learning rate {plan.lr:g} = {recipe.lr:g} x {plan.sgd_batch} / {recipe.lr_batch}, "
+        f"{recipe.schedule}; {length} of {per_epoch} updates{left}\n"
+        f"  {model_name(cfg)} with {parameters(model):,} parameters on {cfg.data.name}: "
+        f"{len(loader.labels):,} training, {len(loader.test_labels):,} test images; "
+        f"{device.type}{', ' if on else ''}{on}"
+    )
+
+
+def closing(result: dict[str, Any]) -> str:
+    """The line behind a run."""
+    if result["status"] == "diverged":
+        return f"  diverged: the loss of update {result['diverged_at_update']} is not finite"
+    return (
+        f"  top-1 {result['top1']:.2f} % after {result['updates']} updates, "
+        f"{result['wall_seconds']:.1f} s"
+    )
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def result(
+    cfg: DictConfig, plan: Plan, model: nn.Module, loader: Any, batch_free: bool, now: Progress
+) -> dict[str, Any]:
+    """The content of result.json. Accuracies in %, times in seconds; null after divergence."""
+    device = next(model.parameters()).device
+    rows = [r for r in now.rows if r["test_top1"] != ""]
+    diverged = now.diverged_at is not None
+    last = rows[-1] if rows and not diverged else {}
+    memory = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+    return {
+        "status": "diverged" if diverged else "finished",
+        "diverged_at_update": now.diverged_at,
+        "top1": last.get("test_top1"),
+        "top5": last.get("test_top5"),
+        "best_top1": max(r["test_top1"] for r in rows) if last else None,
+        "test_loss": last.get("test_loss"),
+        "study": cfg.study,
+        "norm": HydraConfig.get().runtime.choices.norm,
+        "batch_size": plan.batch,
+        "sgd_batch": plan.sgd_batch,
+        "forward": plan.forward,
+        "protocol": cfg.protocol.name,
+        "model": model_name(cfg),
+        "data": cfg.data.name,
+        "recipe": cfg.recipe.name,
+        "seed": cfg.seed,
+        "learning_rate": plan.lr,
+        "epochs": now.update / len(loader),
+        "updates": now.update,
+        "parameters": parameters(model),
+        "batch_free": batch_free,
+        "train_images": len(loader.labels),
+        "test_images": len(loader.test_labels),
+        "images_per_second": now.update * plan.sgd_batch / max(now.train_seconds, 1e-9),
+        "wall_seconds": now.wall_seconds,
+        "peak_memory_bytes": memory,
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "versions": versions(),
+    }

@@ -1,0 +1,150 @@
+"""A run's folder: one training, from its lock to its result. Every file is written atomically.
+
+    .hydra/                  the configuration, as Hydra keeps it
+    last.pt, previous.pt     the last two checkpoints
+    metrics.csv              a row per epoch
+    events.out.tfevents.*    for TensorBoard
+    result.json              only when the run is over
+"""
+
+import csv
+import fcntl
+import io
+import json
+import math
+import os
+import pickle
+import shutil
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+
+from training.config import identity, run_name
+
+Say = Callable[[str], None]
+
+
+def write(path: Path, content: str | bytes) -> None:
+    """All of the content or the file as it was, whenever the machine stops."""
+    data = content.encode() if isinstance(content, str) else content
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def plain(value: Any) -> Any:
+    """For JSON, which has no NaN and no infinity."""
+    if isinstance(value, dict):
+        return {k: plain(v) for k, v in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class Run:
+    """The folder of one training, locked for this process while the `with` lasts."""
+
+    def __init__(self, cfg: DictConfig, say: Say):
+        """Raises `ValueError` if another process trains it or it holds another configuration, and
+        `OSError` if it cannot be written."""
+        self.folder = Path(cfg.runtime.runs) / cfg.study / run_name(cfg)
+        self.say = say
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock = open(self.folder / ".lock", "a+")  # noqa: SIM115
+        except OSError as error:
+            raise OSError(
+                f"runtime.runs={cfg.runtime.runs}: cannot write {self.folder} "
+                f"({error.strerror}); expected a folder that can be written"
+            ) from error
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process
+        except BlockingIOError as error:
+            self._lock.close()
+            raise ValueError(f"{self.folder}: another process is training this run") from error
+        try:
+            if cfg.overwrite:
+                self.clear()
+            self.check_config(cfg)
+        except BaseException:
+            self._lock.close()
+            raise
+
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._lock.close()
+
+    def clear(self) -> None:
+        """Delete what a run writes, and nothing else."""
+        for pattern in ("result.json", "metrics.csv", "*.pt", "events.out.tfevents.*", "*.tmp"):
+            for file in self.folder.glob(pattern):
+                file.unlink()
+        shutil.rmtree(self.folder / ".hydra", ignore_errors=True)
+
+    def check_config(self, cfg: DictConfig) -> None:
+        """Refuse the folder if its configuration differs in a key that can change a result; write
+        ours if it has none."""
+        file = self.folder / ".hydra" / "config.yaml"
+        if not file.exists():
+            file.parent.mkdir(exist_ok=True)
+            hydra_config = HydraConfig.get()
+            write(file.with_name("hydra.yaml"), OmegaConf.to_yaml({"hydra": hydra_config}))
+            write(file.with_name("overrides.yaml"), OmegaConf.to_yaml(hydra_config.overrides.task))
+            write(file, OmegaConf.to_yaml(cfg))
+            return
+        there, ours = identity(OmegaConf.load(file)), identity(cfg)
+        absent = object()
+        differ = [
+            f"{key} is {there.get(key, 'absent')} there and {ours.get(key, 'absent')} here"
+            for key in sorted(there | ours)
+            if there.get(key, absent) != ours.get(key, absent)
+        ]
+        if differ:
+            raise ValueError(
+                f"{self.folder}: holds a run of another configuration ({'; '.join(differ)}); "
+                f"choose another name= or study=, or delete it with overwrite=true"
+            )
+
+    @property
+    def result(self) -> dict[str, Any] | None:
+        file = self.folder / "result.json"
+        return json.loads(file.read_text()) if file.exists() else None
+
+    def finish(self, result: dict[str, Any]) -> None:
+        write(self.folder / "result.json", json.dumps(plain(result), indent=2) + "\n")
+
+    def write_metrics(self, rows: list[dict[str, Any]]) -> None:
+        """All rows since the first epoch, so that a resumed run has neither gaps nor doubles."""
+        text = io.StringIO()
+        writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        write(self.folder / "metrics.csv", text.getvalue())
+
+    def save(self, state: dict[str, Any]) -> None:
+        """Make `state` the last checkpoint and keep the one before."""
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        last = self.folder / "last.pt"
+        if last.exists():
+            os.replace(last, self.folder / "previous.pt")
+        write(last, buffer.getvalue())
+
+    def load(self) -> dict[str, Any] | None:
+        """The newest checkpoint that can be read; says so where that is not the last one."""
+        for file in (self.folder / "last.pt", self.folder / "previous.pt"):
+            if not file.exists():
+                continue
+            try:
+                return torch.load(file, map_location="cpu", weights_only=True)
+            except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile):
+                self.say(f"{file}: damaged; going on from the checkpoint before it")
+        return None

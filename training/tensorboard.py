@@ -1,0 +1,45 @@
+"""TensorBoard: the curves of a run and its hyper-parameters, in the run's own event file."""
+
+from pathlib import Path
+from typing import Any
+
+SCALARS = {  # column of metrics.csv: tag
+    "train_loss": "loss/train",
+    "test_loss": "loss/test",
+    "train_top1": "top1/train",
+    "test_top1": "top1/test",
+    "test_top5": "top5/test",
+    "learning_rate": "learning_rate",
+    "images_per_second": "images_per_second",
+}
+METRICS = ("top1/test", "loss/test", "images_per_second")
+
+
+class TensorBoard:
+    """Writes against the number of updates. `start`: the first update whose points are to come;
+    points of an earlier attempt from there on are hidden by TensorBoard."""
+
+    def __init__(self, folder: Path, start: int):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(str(folder), purge_step=start + 1 if start else None)
+
+    def hyperparameters(self, values: dict[str, Any]) -> None:
+        # `SummaryWriter.add_hparams` would make a second run beside this one.
+        from torch.utils.tensorboard.summary import hparams
+
+        text = {k: v if isinstance(v, bool | int | float) else str(v) for k, v in values.items()}
+        for summary in hparams(text, dict.fromkeys(METRICS)):
+            self.writer.file_writer.add_summary(summary)
+
+    def loss(self, update: int, value: float) -> None:
+        self.writer.add_scalar("loss/update", value, update)
+
+    def epoch(self, row: dict[str, Any]) -> None:
+        for column, tag in SCALARS.items():
+            if row[column] != "":
+                self.writer.add_scalar(tag, row[column], row["update"])
+        self.writer.flush()
+
+    def close(self) -> None:
+        self.writer.close()
