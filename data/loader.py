@@ -70,9 +70,7 @@ class Loader:
         block = max(1, BLOCK // self.sgd_batch) * self.sgd_batch
         for part in draws.to(self.images.device).split(block):
             images, labels = self.augment(*part.T)
-            yield from zip(
-                images.split(self.sgd_batch), labels.split(self.sgd_batch), strict=True
-            )
+            yield from zip(images.split(self.sgd_batch), labels.split(self.sgd_batch), strict=True)
 
     def augment(self, index: Tensor, y: Tensor, x: Tensor, mirror: Tensor) -> tuple[Tensor, Tensor]:
         """Image `index[i]` from row `y[i]` and column `x[i]` of the padded one, mirrored or not."""

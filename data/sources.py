@@ -43,7 +43,9 @@ def digits() -> Source:
     return Source(10, 1, 8, read)
 
 
-def synthetic(size: int, classes: int, channels: int, train_images: int, test_images: int) -> Source:
+def synthetic(
+    size: int, classes: int, channels: int, train_images: int, test_images: int
+) -> Source:
     """Random pixels and labels, for measuring speed."""
 
     def read() -> tuple[Split, Split]:
@@ -111,10 +113,14 @@ def folder(root: str | None, size: int, cache: str, name: str = "folder") -> Sou
     extra = sorted(p.name for p in test.iterdir() if p.is_dir() and p.name not in classes)
     if len(classes) < 2 or extra:
         what = f"{test.name}/{extra[0]} has no train/{extra[0]}" if extra else f"{len(classes)}"
-        raise ValueError(f"data.root={root}: classes: {what}; expected at least 2, the same in both")
+        raise ValueError(
+            f"data.root={root}: classes: {what}; expected at least 2, the same in both"
+        )
 
     def read() -> tuple[Split, Split]:
-        return tuple(_read_tree(p, classes, size, Path(cache).expanduser()) for p in (path / "train", test))  # type: ignore[return-value]
+        return tuple(
+            _read_tree(p, classes, size, Path(cache).expanduser()) for p in (path / "train", test)
+        )  # type: ignore[return-value]
 
     return Source(len(classes), 3, size, read)
 

@@ -1,8 +1,8 @@
 """Normalization methods, one file each; this folder needs nothing but torch.
 
-    scheme = norms.build("mabn", batch_size=2)
-    scheme.conv(64, 128, 3, padding=1), scheme.norm(128)
-    norms.convert(any_network, scheme)
+scheme = norms.build("mabn", batch_size=2)
+scheme.conv(64, 128, 3, padding=1), scheme.norm(128)
+norms.convert(any_network, scheme)
 """
 
 import importlib

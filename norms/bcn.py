@@ -43,7 +43,12 @@ class EstimatedBatchNorm2d(nn.Module):
         self, num_features: int, rate: float, batch_size: int | None = None, eps: float = 1e-5
     ):
         super().__init__()
-        self.num_features, self.rate, self.batch_size, self.eps = num_features, rate, batch_size, eps
+        self.num_features, self.rate, self.batch_size, self.eps = (
+            num_features,
+            rate,
+            batch_size,
+            eps,
+        )
         self.weight = nn.Parameter(torch.ones(num_features))
         self.bias = nn.Parameter(torch.zeros(num_features))
         self.register_buffer("running_mean", torch.zeros(num_features))
@@ -100,7 +105,9 @@ class BatchChannelNorm2d(nn.Module):
         if self.training:
             m.check_variance(x, self.bn.batch_size)
         mean, var = m.moments(x)
-        scale, shift = self.bn.scale_shift(mean, var, x.shape[2] * x.shape[3])  # z = x*scale + shift
+        scale, shift = self.bn.scale_shift(
+            mean, var, x.shape[2] * x.shape[3]
+        )  # z = x*scale + shift
         channels = self.num_channels // self.num_groups
         mean, var = m.pool(  # of z, per image and channel group: (N, num_groups)
             (mean * scale + shift).unflatten(1, (-1, channels)),

@@ -27,6 +27,11 @@ class GhostBatchNorm2d(nn.BatchNorm2d):
     Raises `ValueError` for another N, or where a group holds one value per channel.
     """
 
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+    momentum: float
+
     def __init__(
         self,
         num_features: int,

@@ -41,7 +41,7 @@ def _activate(module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor
     return module.act(module.drop(output))
 
 
-def _new_norm(old: nn.BatchNorm2d, new: nn.Module) -> nn.Module:
+def _new_norm(old: Any, new: nn.Module) -> nn.Module:
     if old.affine:
         _take_over(new, old)
     if hasattr(old, "act"):  # timm's BatchNormAct2d: the activation is part of the norm

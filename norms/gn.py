@@ -14,6 +14,7 @@ error.
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 from torch import nn
 
@@ -33,7 +34,7 @@ def check_groups(groups: int, min_channels: int) -> Callable[[nn.Module], None]:
             raise ValueError(f"norm.{key}={value}: expected a whole number from 1")
 
     def check(model: nn.Module) -> None:
-        layers = [x for x in model.modules() if hasattr(x, "num_groups")]
+        layers: list[Any] = [x for x in model.modules() if hasattr(x, "num_groups")]
         if layers and all(x.num_groups != groups for x in layers):
             widths = sorted({x.num_channels for x in layers})
             fits = {g for c in widths for g in range(1, c // min_channels + 1) if c % g == 0}

@@ -15,12 +15,14 @@ first convolution of each branch, the stem and the shortcuts start with the outp
 """
 
 from functools import partial
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.init import _calculate_correct_fan
 
+from norms.moments import promote
 from norms.scheme import Scheme, he_init
 
 
@@ -39,7 +41,7 @@ class PWSConv2d(nn.Conv2d):
         *args,
         gamma: float = 1e-3,
         equiv: bool = False,
-        mode: str = "fan_in",
+        mode: Literal["fan_in", "fan_out"] = "fan_in",
         **kwargs,
     ):
         super().__init__(*args, **kwargs)
@@ -81,7 +83,7 @@ def initialize_alpha(model: nn.Module, images: Tensor) -> None:
 
     def rescale(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         assert isinstance(layer, PWSConv2d)
-        layer.alpha.fill_((2 / output.float().var()).sqrt())
+        layer.alpha.fill_((2 / promote(output).var()).sqrt())
         return layer.forward(*inputs)
 
     outer = [x for x in model.modules() if isinstance(x, PWSConv2d) and not x.inner]
@@ -112,7 +114,7 @@ def scheme(
     batch_size: int | None = None,
     gamma: float = 1e-3,
     equiv: bool = False,
-    mode: str = "fan_in",
+    mode: Literal["fan_in", "fan_out"] = "fan_in",
     init_alpha: bool = False,
 ) -> Scheme:
     """PWS convolutions with bias; GN(1) at both ends of the network, nothing in between."""

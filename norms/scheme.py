@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, Literal, TypeVar
 
 from torch import Tensor, nn
 
@@ -36,7 +36,7 @@ class Scheme:
     """Raises `ValueError` if the options make no sense for the finished network."""
 
 
-def he_init(conv: ConvT, mode: str = "fan_out") -> ConvT:
+def he_init(conv: ConvT, mode: Literal["fan_in", "fan_out"] = "fan_out") -> ConvT:
     """He et al. (arXiv 1502.01852), eq. 10: weights of variance 2/fan; the bias starts at zero."""
     nn.init.kaiming_normal_(conv.weight, mode=mode, nonlinearity="relu")
     if conv.bias is not None:
@@ -44,6 +44,8 @@ def he_init(conv: ConvT, mode: str = "fan_out") -> ConvT:
     return conv
 
 
-def conv(cls: type[nn.Conv2d], *args, inner: bool = False, **kwargs) -> nn.Conv2d:
+def conv(
+    cls: Callable[..., nn.Conv2d], *args: Any, inner: bool = False, **kwargs: Any
+) -> nn.Conv2d:
     """A convolution that a norm follows: no bias, since the norm's shift is one."""
     return he_init(cls(*args, bias=False, **kwargs))

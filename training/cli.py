@@ -1,4 +1,4 @@
-"""The command line's manners: a mistake of the user gets one line, a fault of ours its traceback."""
+"""The command line's manners: a mistake of the user gets one line, only a fault of ours more."""
 
 import os
 import re
@@ -87,9 +87,10 @@ class Report(Callback):
             if not is_mistake(error):
                 traceback.print_exception(error)
 
-    def on_run_end(self, config: Any, job_return: JobReturn, **kwargs: Any) -> None:
-        error = job_return._return_value
-        if job_return.status == JobStatus.FAILED and is_mistake(error) and not FULL:
+    def on_run_end(self, config: Any, **kwargs: Any) -> None:
+        job: JobReturn = kwargs["job_return"]
+        error = job._return_value
+        if job.status == JobStatus.FAILED and is_mistake(error) and not FULL:
             complain(error)
             sys.exit(1)  # the job is over; Hydra would put a line of its own before ours
 

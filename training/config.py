@@ -67,7 +67,16 @@ def flatten(config: Any, resolve: bool = False) -> dict[str, Any]:
 
 def identity(config: Any) -> dict[str, Any]:
     """The keys that can change a result."""
-    return {k: v for k, v in flatten(config).items() if k not in OUTSIDE and not k.startswith("runtime.")}
+    return {
+        k: v
+        for k, v in flatten(config).items()
+        if k not in OUTSIDE and not k.startswith("runtime.")
+    }
+
+
+def scheme_name() -> str:
+    """The option of the group `norm` that was chosen: the name of a row in the table."""
+    return dict(HydraConfig.get().runtime.choices)["norm"]
 
 
 def defaults(cfg: DictConfig) -> DictConfig:
@@ -76,9 +85,9 @@ def defaults(cfg: DictConfig) -> DictConfig:
     An experiment is its study's default. Without one, a study that is not named is called after
     data, model and protocol, so these choices are its own.
     """
-    choices = HydraConfig.get().runtime.choices
+    choices = dict(HydraConfig.get().runtime.choices)
     chosen = ["norm"]
-    if choices.experiment:
+    if choices["experiment"]:
         chosen += ["experiment"]
     elif OmegaConf.to_container(cfg)["study"].startswith("${"):  # type: ignore[index, call-overload]
         chosen += ["data", "model", "protocol"]
@@ -93,7 +102,7 @@ def run_name(cfg: DictConfig) -> str:
         return str(cfg.name)
     base, own = identity(defaults(cfg)), identity(cfg)
     other = {k: v for k, v in own.items() if k not in base or base[k] != v}
-    name = f"{HydraConfig.get().runtime.choices.norm}-b{cfg.batch}-s{cfg.seed}"
+    name = f"{scheme_name()}-b{cfg.batch}-s{cfg.seed}"
     if other:
         text = json.dumps(other, sort_keys=True)
         name += "-" + hashlib.sha256(text.encode()).hexdigest()[:6]

@@ -33,6 +33,10 @@ class Progress:
     rows: list[dict[str, Any]] = field(default_factory=list)
     """Of metrics.csv."""
 
+    @property
+    def diverged(self) -> bool:
+        return self.diverged_at is not None
+
 
 def train(
     model: nn.Module, loader: Any, plan: Plan, recipe: Any, runtime: Any, run: Run, state: Any
@@ -95,7 +99,7 @@ def train(
             return
         losses, corrects = (torch.stack(x).tolist() for x in zip(*pending, strict=True))
         for i, loss in enumerate(losses):
-            if not math.isfinite(loss) and now.diverged_at is None:
+            if not math.isfinite(loss) and not now.diverged:
                 now.diverged_at = now.update - len(pending) + i + 1
         now.loss += sum(losses)
         now.correct += int(sum(corrects))
@@ -110,7 +114,7 @@ def train(
         tensorboard.loss(now.update, losses[-1])
 
     with board:
-        while now.update < updates and now.diverged_at is None:
+        while now.update < updates and not now.diverged:
             epoch, first = divmod(now.update, per_epoch)
             last = min(per_epoch, updates - epoch * per_epoch)  # of the updates of this epoch
             model.train()
@@ -121,11 +125,11 @@ def train(
                 save = runtime.checkpoint_every and now.update % runtime.checkpoint_every == 0
                 if seen % runtime.log_every == 0 or save or seen == last:
                     look(epoch, seen)
-                if now.diverged_at is not None or seen == last:
+                if now.diverged or seen == last:
                     break
                 if save:
                     checkpoint()
-            if now.diverged_at is not None:
+            if now.diverged:
                 break
             row = {
                 "epoch": epoch + 1,
@@ -169,7 +173,11 @@ def evaluate(model: nn.Module, batches: Any) -> dict[str, float]:
         parts.append(torch.stack([loss, hits[:, 0].sum(), hits.sum()]))
         count += len(labels)
     loss, top1, top5 = torch.stack(parts).double().sum(0).tolist()
-    return {"test_loss": loss / count, "test_top1": 100 * top1 / count, "test_top5": 100 * top5 / count}
+    return {
+        "test_loss": loss / count,
+        "test_top1": 100 * top1 / count,
+        "test_top5": 100 * top5 / count,
+    }
 
 
 def rng(device: torch.device) -> dict[str, Tensor]:

@@ -15,7 +15,8 @@ def parameter_groups(model: nn.Module, recipe: Any) -> list[dict[str, Any]]:
     Without: those that a layer names in `no_weight_decay`; and, unless `recipe.decay_norms`,
     whatever is not the weight of a convolution, a linear layer or an embedding.
     """
-    decayed, plain = [], []
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             exempt = name in getattr(module, "no_weight_decay", ())

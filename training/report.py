@@ -5,11 +5,10 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
-from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from torch import nn
 
-from training.config import Plan
+from training.config import Plan, scheme_name
 from training.loop import Progress
 
 PACKAGES = ("torch", "torchvision", "timm", "hydra-core", "omegaconf", "numpy")
@@ -23,7 +22,9 @@ def parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def describe(cfg: DictConfig, plan: Plan, model: nn.Module, loader: Any, device: torch.device) -> str:
+def describe(
+    cfg: DictConfig, plan: Plan, model: nn.Module, loader: Any, device: torch.device
+) -> str:
     """The numbers that follow from the configuration, in a few lines."""
     recipe, per_epoch = cfg.recipe, len(loader)
     groups, passes = plan.forward // plan.batch, plan.sgd_batch // plan.forward
@@ -72,7 +73,7 @@ def result(
     """The content of result.json. Accuracies in %, times in seconds; null after divergence."""
     device = next(model.parameters()).device
     rows = [r for r in now.rows if r["test_top1"] != ""]
-    diverged = now.diverged_at is not None
+    diverged = now.diverged
     last = rows[-1] if rows and not diverged else {}
     memory = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
     return {
@@ -83,7 +84,7 @@ def result(
         "best_top1": max(r["test_top1"] for r in rows) if last else None,
         "test_loss": last.get("test_loss"),
         "study": cfg.study,
-        "norm": HydraConfig.get().runtime.choices.norm,
+        "norm": scheme_name(),
         "batch_size": plan.batch,
         "sgd_batch": plan.sgd_batch,
         "forward": plan.forward,

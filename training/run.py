@@ -1,10 +1,10 @@
 """A run's folder: one training, from its lock to its result. Every file is written atomically.
 
-    .hydra/                  the configuration, as Hydra keeps it
-    last.pt, previous.pt     the last two checkpoints
-    metrics.csv              a row per epoch
-    events.out.tfevents.*    for TensorBoard
-    result.json              only when the run is over
+.hydra/                  the configuration, as Hydra keeps it
+last.pt, previous.pt     the last two checkpoints
+metrics.csv              a row per epoch
+events.out.tfevents.*    for TensorBoard
+result.json              only when the run is over
 """
 
 import csv
@@ -25,19 +25,9 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from training.config import identity, run_name
+from training.files import write
 
 Say = Callable[[str], None]
-
-
-def write(path: Path, content: str | bytes) -> None:
-    """All of the content or the file as it was, whenever the machine stops."""
-    data = content.encode() if isinstance(content, str) else content
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def plain(value: Any) -> Any:

@@ -30,7 +30,7 @@ class TensorBoard:
 
         text = {k: v if isinstance(v, bool | int | float) else str(v) for k, v in values.items()}
         for summary in hparams(text, dict.fromkeys(METRICS)):
-            self.writer.file_writer.add_summary(summary)
+            self.writer._get_file_writer().add_summary(summary)
 
     def loss(self, update: int, value: float) -> None:
         self.writer.add_scalar("loss/update", value, update)

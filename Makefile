@@ -1,0 +1,36 @@
+# make quickstart   train six schemes at four batch sizes, then show the table and the figure
+# make test         the test suite
+# make lint         formatting, lint and types
+# make setup        the environment in .venv (the others do this too)
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: setup quickstart test lint
+setup: .venv/done
+
+# A second call finds the stamp and is quick; another pyproject or constraints renews it.
+.venv/done: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "error: Python 3.11 or newer is needed, and $(PYTHON) is older; make PYTHON=python3.12"; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt '.[dev]'
+	@rm -rf build smallbatch.egg-info
+	@touch $@
+
+quickstart: setup
+	$(BIN)/python train.py -m experiment=quickstart
+	$(BIN)/python scripts/table.py runs/quickstart
+	@echo
+	@echo "The figure is runs/quickstart/accuracy_vs_batch.png. What next:"
+	@echo "  $(BIN)/tensorboard --logdir runs                  the curves, at http://localhost:6006"
+	@echo "  $(BIN)/python train.py norm=pws batch=2           one run; --help lists all keys"
+	@echo "  $(BIN)/python train.py -m experiment=cifar10_small  where small batches really hurt"
+
+test: setup
+	$(BIN)/python -m pytest -n 2
+
+lint: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy

@@ -1,0 +1,67 @@
+import os
+import runpy
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+# Numbers of threads change last bits, and tests run side by side.
+os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def as_default():
+    """float64 for whatever a test creates."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@dataclass
+class Outcome:
+    status: int
+    out: str
+    err: str
+    runs: Path
+
+    def run(self, name: str = "") -> Path:
+        """The folder of the only run, or of the one whose name starts so."""
+        folders = [p.parent for p in self.runs.glob(f"*/{name}*/.lock")]
+        assert len(folders) == 1, folders
+        return folders[0]
+
+
+@pytest.fixture
+def train(tmp_path, monkeypatch, capfd):
+    """`python train.py ARGS…` in this process (importing torch anew would take most of the time),
+    with runs/ in the test's own folder, one thread and a small part of the digits."""
+
+    def call(*args: str, quick: bool = True, runs: Path = tmp_path / "runs") -> Outcome:
+        small = ["recipe.epochs=1", "data.train_fraction=0.1"] if quick else []
+        own = [f"runtime.runs={runs}", "runtime.threads=1"]
+        for name in [n for n in sys.modules if n.startswith("training.cli")]:
+            monkeypatch.delitem(sys.modules, name)  # it remembers failures and HYDRA_FULL_ERROR
+        monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
+        flags = [a for a in args if a.startswith("-")]
+        rest = [a for a in args if not a.startswith("-")]
+        monkeypatch.setattr(sys, "argv", ["train.py", *flags, *small, *own, *rest])
+        capfd.readouterr()
+        try:
+            runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
+            status = 0
+        except SystemExit as stop:
+            status = int(stop.code or 0)
+        torch.set_num_threads(1)
+        out, err = capfd.readouterr()
+        return Outcome(status, out, err, runs)
+
+    return call

@@ -1,0 +1,160 @@
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+import models
+import norms
+from models.resnet import Block
+
+PUBLISHED = {  # parameters: He et al. (CIFAR, 10 classes) and torchvision (ImageNet)
+    "resnet20": 269_722,
+    "resnet32": 464_154,
+    "resnet56": 853_018,
+    "resnet110": 1_727_962,
+    "resnet18_cifar": 11_173_962,
+    "resnet34_cifar": 21_282_122,
+    "resnet18": 11_689_512,
+    "resnet34": 21_797_672,
+    "resnet50": 25_557_032,
+    "resnet101": 44_549_160,
+    "resnext50_32x4d": 25_028_904,
+}
+IMAGENET = [n for n in PUBLISHED if not n.endswith("cifar") and PUBLISHED[n] > 5e6]
+
+
+def build(name, scheme="bn", classes=10, **options):
+    return models.build(
+        name, scheme=norms.build(scheme, batch_size=2), num_classes=classes, **options
+    )
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_parameter_counts(name):
+    model = build(name, classes=1000 if name in IMAGENET else 10)
+    assert sum(p.numel() for p in model.parameters()) == PUBLISHED[name]
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "resnext50_32x4d"])
+def test_equals_torchvision(name):
+    theirs = torchvision.models.get_model(name)
+    ours = models.build(name, scheme=norms.build("bn"), num_classes=1000)
+    ours.load_state_dict({k.replace("bn", "norm"): v for k, v in theirs.state_dict().items()})
+    x = torch.randn(2, 3, 64, 64)
+    assert torch.equal(ours(x), theirs(x))
+    assert torch.equal(ours.eval()(x), theirs.eval()(x))
+
+
+@pytest.mark.parametrize("name", ["resnet8", "resnet18_cifar", "resnet50"])
+@pytest.mark.parametrize("scheme", norms.names())
+def test_names_are_the_same_under_every_scheme(name, scheme):
+    model, reference = build(name, scheme), build(name, "bn")
+
+    def weights(m):
+        return [n for n, p in m.named_parameters() if "conv" in n and n.endswith("weight")]
+
+    assert weights(model) == weights(reference)
+    assert [n for n, m in model.named_modules() if isinstance(m, Block)] == [
+        n for n, m in reference.named_modules() if isinstance(m, Block)
+    ]
+    skeleton = ("conv1", "norm1", "pool", "norm", "fc")
+    assert all(hasattr(model, n) for n in skeleton)
+
+
+@pytest.mark.parametrize("scheme", norms.names())
+@pytest.mark.parametrize("name", ["resnet8", "resnet18", "resnet50", "resnet18_cifar"])
+@pytest.mark.parametrize("block", ["auto", "post", "pws"])
+def test_trains_under_every_scheme(name, scheme, block):
+    models.rehearse(build(name, scheme, block=block), (4, 3, 64, 64), 10)
+
+
+def test_pws_keeps_a_norm_at_both_ends():
+    model = build("resnet50", "pws")
+    kept = [n for n, m in model.named_modules() if isinstance(m, nn.GroupNorm)]
+    assert kept == ["norm1", "norm"]
+    assert all(m.num_groups == 1 for m in model.modules() if isinstance(m, nn.GroupNorm))
+    convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
+    assert all(isinstance(m, norms.PWSConv2d) and m.bias is not None for m in convolutions)
+    inner = [n for n, m in model.named_modules() if getattr(m, "inner", False)]
+    assert all(n.endswith(("conv2", "conv3")) for n in inner)
+    assert len(inner) == 2 * 16
+
+
+def test_block_orders(as_default):
+    """Both orders by hand, with and without a shortcut that convolves."""
+    x = torch.randn(2, 64, 8, 8)
+    relu = torch.relu
+    for order in ("post", "pws"):
+        model = models.build(
+            "resnet18_cifar", scheme=norms.build("bn"), num_classes=3, block=order
+        )
+        plain, down = model.layer1[0], model.layer2[0]
+
+        def branch(b, x):
+            return b.norm2(b.conv2(relu(b.norm1(b.conv1(x)))))
+
+        if order == "post":
+            expected = relu(branch(plain, x) + x), relu(branch(down, x) + down.downsample(x))
+        else:
+            r = relu(x)
+            expected = branch(plain, r) + x, branch(down, r) + down.downsample(r)
+        torch.testing.assert_close(plain(x), expected[0])
+        torch.testing.assert_close(down(x), expected[1])
+
+
+def test_shortcut_without_parameters():
+    block = build("resnet20").layer2[0]
+    x = torch.randn(1, 16, 4, 4)
+    y = block.downsample(x)
+    assert y.shape == (1, 32, 2, 2)
+    assert torch.equal(y[:, :16], x[:, :, ::2, ::2])
+    assert y[:, 16:].abs().sum() == 0
+
+
+@pytest.mark.parametrize(
+    ("scheme", "paper"),
+    [("bn", False), ("gn", True), ("ws_gn", False), ("bcn", True), ("mabn", False), ("pws", False)],
+)
+@pytest.mark.parametrize("choice", ["auto", True, False])
+def test_zero_init(scheme, paper, choice):
+    model = build("resnet50", scheme, zero_init=choice)
+    lasts = [m.norm3 for m in model.modules() if isinstance(m, Block)]
+    zero = paper if choice == "auto" else choice
+    for last in lasts:
+        if scheme != "pws":
+            assert (last.weight.abs().sum() == 0) == zero
+        if scheme == "bcn":
+            assert last.bn.weight.min() == 1  # the group affine is zero, not the batch norm's
+
+
+def test_initial_variance():
+    conv = build("resnet50").layer3[0].conv2
+    assert conv.weight.std().item() == pytest.approx((2 / (256 * 9)) ** 0.5, rel=0.01)
+    assert build("resnet50").fc.weight.std().item() == pytest.approx(0.01, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (dict(name="resnet21"), r"model.name=resnet21: unknown \(did you mean resnet"),
+        (dict(name="resnet20", block="pre"), "model.block=pre: expected auto, post or pws"),
+        (dict(name="resnet20", zero_init="yes"), "model.zero_init=yes: expected"),
+        (dict(name="resnet19", library="timm"), "model.name=resnet19: unknown .did you mean"),
+        (dict(name="resnet18", library="keras"), "model.library=keras: expected"),
+        (dict(name="resnet18", library="timm", block="pws"), "model.block=pws: .* keeps its own"),
+        (dict(name="resnet18", library="torchvision", in_channels=1), "take 3 channels"),
+        (dict(name="convnext_tiny", library="torchvision"), "no batch norm"),
+    ],
+)
+def test_mistakes(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        models.build(scheme=norms.build("bn"), num_classes=10, **arguments)
+
+
+def test_rehearsal_finds_what_training_would():
+    model = models.build("resnet18", scheme=norms.build("bn", batch_size=1), num_classes=10)
+    with pytest.raises(ValueError, match="no variance"):
+        models.rehearse(model, (2, 3, 8, 8), 10)
+    model = build("googlenet", library="torchvision")
+    with pytest.raises(ValueError, match="GoogLeNet returns GoogLeNetOutputs in training"):
+        models.rehearse(model, (2, 3, 64, 64), 10)

@@ -1,0 +1,330 @@
+"""Each layer equals its literal float64 form: forward, gradients and state over several steps."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from norms import (
+    BatchChannelNorm2d,
+    CenteredConv2d,
+    EstimatedBatchNorm2d,
+    GhostBatchNorm2d,
+    MABN2d,
+    PWSConv2d,
+    WSConv2d,
+    build,
+)
+from norms.gn import fit_groups
+from tests.norms import literal
+
+pytestmark = pytest.mark.usefixtures("as_default")
+
+
+def close(a, b):
+    torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+def randomize(layer: nn.Module) -> None:
+    with torch.no_grad():
+        for p in layer.parameters():
+            p.copy_(torch.randn_like(p) * 0.5 + 1)
+
+
+def compare(layer, reference, groups, size, channels, steps, maps=(3, 5)):
+    """`steps` training steps of `groups` batches at once against the literal form, one by one."""
+    randomize(layer)
+    for _ in range(steps):
+        x = torch.randn(groups * size, channels, *maps) * 2 + 0.5
+        dy = torch.randn_like(x)
+        x1 = x.clone().requires_grad_()
+        layer.zero_grad()
+        y1 = layer(x1)
+        y1.backward(dy)
+        parameters = [p.detach().clone().requires_grad_() for p in layer.parameters()]
+        x2 = x.clone().requires_grad_()
+        y2 = torch.cat([reference(part, *parameters) for part in x2.split(size)])
+        y2.backward(dy)
+        close(y1, y2)
+        close(x1.grad, x2.grad)
+        for p1, p2 in zip(layer.parameters(), parameters, strict=True):
+            close(p1.grad, p2.grad)
+
+
+@settings(max_examples=25, deadline=None)
+@given(groups=st.integers(1, 5), size=st.integers(1, 4), channels=st.integers(1, 5))
+def test_bn(groups, size, channels):
+    layer = GhostBatchNorm2d(channels, size)
+    reference = literal.BN(channels)
+    compare(layer, reference, groups, size, channels, steps=3)
+    close(layer.running_mean, reference.mean)
+    close(layer.running_var, reference.var)
+    assert layer.num_batches_tracked == 3 * groups
+    x = torch.randn(3, channels, 2, 2)
+    close(layer.eval()(x), reference.evaluate(x, layer.weight, layer.bias))
+
+
+def test_bn_of_one_batch_is_pytorchs():
+    ours, theirs = GhostBatchNorm2d(6), nn.BatchNorm2d(6)
+    x = torch.randn(4, 6, 3, 3)
+    assert torch.equal(ours(x), theirs(x))
+    for name, value in theirs.state_dict().items():
+        assert torch.equal(ours.state_dict()[name], value)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    groups=st.integers(1, 4),
+    size=st.integers(1, 3),
+    channel_groups=st.integers(1, 3),
+    width=st.integers(1, 3),
+)
+def test_bcn(groups, size, channel_groups, width):
+    channels = channel_groups * width
+    layer = BatchChannelNorm2d(channels, channel_groups, size)
+    bn = literal.BN(channels)
+
+    def reference(x, weight, bias, bn_weight, bn_bias):
+        return literal.channel_norm(bn(x, bn_weight, bn_bias), channel_groups, weight, bias)
+
+    compare(layer, reference, groups, size, channels, steps=3)
+    close(layer.bn.running_mean, bn.mean)
+    close(layer.bn.running_var, bn.var)
+    x = torch.randn(2, channels, 3, 3)
+    z = bn.evaluate(x, layer.bn.weight, layer.bn.bias)
+    close(layer.eval()(x), literal.channel_norm(z, channel_groups, layer.weight, layer.bias))
+
+
+@settings(max_examples=25, deadline=None)
+@given(groups=st.integers(1, 5), size=st.integers(1, 4), rate=st.floats(0.0, 1.0))
+def test_estimated_bn(groups, size, rate):
+    layer = EstimatedBatchNorm2d(4, rate, size)
+    reference = literal.EstBN(4, rate)
+    compare(layer, reference, groups, size, 4, steps=3)
+    close(layer.running_mean, reference.mean)
+    close(layer.running_var, reference.var)
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    groups=st.integers(1, 5),
+    size=st.integers(1, 5),
+    real=st.sampled_from([1, 4, 7, 16]),
+    warmup=st.integers(0, 12),
+)
+def test_mabn_windows(groups, size, real, warmup):
+    check_mabn(groups, size, real, warmup, steps=6, start=0)
+
+
+@pytest.mark.parametrize("groups", [1, 3, 8])
+def test_mabn_clipping_starts_after_a_thousand_batches(groups):
+    check_mabn(groups, 2, 16, 100, steps=6, start=1000 - 2 * groups - 1)
+
+
+@pytest.mark.parametrize("start", [92, 97])
+def test_mabn_leaves_its_warmup(start):
+    check_mabn(4, 2, 8, 100, steps=4, start=start)
+
+
+def check_mabn(groups, size, real, warmup, steps, start):
+    channels = 3
+    window = max(1, -(-real // size))
+    layer = MABN2d(channels, size, real, momentum=0.9, warmup=warmup)
+    assert layer.window_square.shape[0] == window
+    reference = literal.MABN(channels, window, momentum=0.9, warmup=warmup)
+    randomize(layer)
+    layer.num_batches_tracked.fill_(start)
+    reference.iteration = start
+    for _ in range(steps):
+        x = torch.randn(groups * size, channels, 3, 2) * torch.rand(groups * size, 1, 1, 1) * 9
+        dy = torch.randn_like(x)
+        x1 = x.clone().requires_grad_()
+        layer.zero_grad()
+        y1 = layer(x1)
+        y1.backward(dy)
+        forward, backward = [], []
+        with torch.no_grad():
+            for part, grad in zip(x.split(size), dy.split(size), strict=True):
+                forward.append(reference.forward(part, layer.weight, layer.bias))
+                backward.append(reference.backward(grad))
+        dx, dweight, dbias = zip(*backward, strict=True)
+        close(y1, torch.cat(forward))
+        close(x1.grad, torch.cat(dx))
+        close(layer.weight.grad, sum(dweight))
+        close(layer.bias.grad, sum(dbias))
+    close(layer.running_square, reference.running)
+    assert layer.num_batches_tracked == start + steps * groups
+    close(layer.eval()(x), reference.evaluate(x, layer.weight, layer.bias))
+
+
+def test_mabn_clips_its_renormalization():
+    layer = MABN2d(1, 2, 2, warmup=0)
+    layer.num_batches_tracked.fill_(5000)
+    layer.running_square.fill_(1e-4)
+    y = layer(torch.full((2, 1, 4, 4), 3.0))
+    close(y, torch.full_like(y, 5.0) * 3 / (9 + 1e-5) ** 0.5)
+
+
+CONVS = {
+    "ws": (WSConv2d, lambda w: literal.standardize(w, True, 1e-5, False)),
+    "ws_inside": (
+        lambda *a, **k: WSConv2d(*a, eps_inside=True, **k),
+        lambda w: literal.standardize(w, True, 1e-5, True),
+    ),
+    "ws_biased": (
+        lambda *a, **k: WSConv2d(*a, unbiased=False, eps_inside=True, eps=1e-6, **k),
+        lambda w: literal.standardize(w, False, 1e-6, True),
+    ),
+    "centered": (CenteredConv2d, literal.center),
+}
+SHAPES = [
+    dict(in_channels=4, out_channels=6, kernel_size=3, padding=1),
+    dict(in_channels=4, out_channels=6, kernel_size=3, stride=2, dilation=2, bias=False),
+    dict(in_channels=4, out_channels=8, kernel_size=(1, 3), groups=2),
+    dict(in_channels=4, out_channels=4, kernel_size=3, groups=4, bias=False),
+    dict(in_channels=5, out_channels=3, kernel_size=1),
+]
+
+
+@pytest.mark.parametrize("kind", CONVS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_conv(kind, shape):
+    make, weights = CONVS[kind]
+    layer = make(**shape)
+    randomize(layer)
+    x = torch.randn(2, shape["in_channels"], 7, 6, requires_grad=True)
+    weight = layer.weight.detach().clone().requires_grad_()
+    bias = None if layer.bias is None else layer.bias.detach().clone().requires_grad_()
+    options = {k: v for k, v in shape.items() if k in ("stride", "padding", "dilation", "groups")}
+    close_conv(layer, x, literal.conv(x, weights(weight), bias, **options), weight, bias)
+
+
+@pytest.mark.parametrize("mode", ["fan_in", "fan_out"])
+@pytest.mark.parametrize("equiv", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_pws_conv(shape, mode, equiv):
+    layer = PWSConv2d(**shape, gamma=0.01, equiv=equiv, mode=mode)
+    out, cin, *kernel = layer.weight.shape
+    fan = (cin if mode == "fan_in" else out) * kernel[0] * kernel[1]
+    gamma = 0.01 * 2 / fan if equiv else 0.01
+    randomize(layer)
+    x = torch.randn(2, shape["in_channels"], 7, 6, requires_grad=True)
+    weight, alpha = (p.detach().clone().requires_grad_() for p in (layer.weight, layer.alpha))
+    bias = None if layer.bias is None else layer.bias.detach().clone().requires_grad_()
+    options = {k: v for k, v in shape.items() if k in ("stride", "padding", "dilation", "groups")}
+    y = literal.conv(x, literal.pws_weight(weight, alpha, gamma, fan), bias, **options)
+    close_conv(layer, x, y, weight, bias)
+    close(layer.alpha.grad, alpha.grad)
+
+
+def close_conv(layer, x, expected, weight, bias):
+    dy = torch.randn_like(expected)
+    (dx,) = torch.autograd.grad(expected, x, dy, retain_graph=True)
+    expected.backward(dy)
+    x.grad = None
+    y = layer(x)
+    y.backward(dy)
+    close(y, expected)
+    close(x.grad, dx)
+    close(layer.weight.grad, weight.grad)
+    if bias is not None:
+        close(layer.bias.grad, bias.grad)
+
+
+@pytest.mark.parametrize("make", [WSConv2d, PWSConv2d, CenteredConv2d])
+def test_conv_gradcheck(make):
+    layer = make(2, 3, 3, padding=1)
+    x = torch.randn(1, 2, 3, 3, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x, *_: layer(x), (x, *layer.parameters()))
+
+
+@pytest.mark.parametrize("name", ["bn", "bcn"])
+def test_norm_gradcheck(name):
+    layer = build(name, batch_size=2).norm(4)
+    x = torch.randn(4, 4, 2, 2, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x, *_: layer(x), (x, *layer.parameters()))
+
+
+@pytest.mark.parametrize("make", [WSConv2d, PWSConv2d, CenteredConv2d])
+def test_weights_stay_channels_last(make):
+    layer = make(4, 8, 3).to(memory_format=torch.channels_last)
+    assert layer.standardized().is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("make", [WSConv2d, PWSConv2d])
+def test_a_filter_of_one_weight_is_refused(make):
+    with pytest.raises(ValueError, match="1 weight"):
+        make(4, 4, 1, groups=4)
+
+
+@pytest.mark.parametrize(
+    ("channels", "groups", "minimum", "expected"),
+    [(64, 32, 2, 32), (32, 32, 2, 16), (16, 32, 2, 8), (64, 32, 1, 32), (32, 32, 1, 32)]
+    + [(3, 32, 2, 1), (1, 32, 2, 1), (2048, 32, 2, 32), (24, 32, 2, 12), (48, 10, 2, 8)],
+)
+def test_groups_in_narrow_layers(channels, groups, minimum, expected):
+    assert fit_groups(channels, groups, minimum) == expected
+
+
+def test_group_norm_is_contiguous_and_per_sample():
+    layer = build("gn", groups=4).norm(12)
+    assert layer.num_groups == 4
+    x = torch.randn(2, 12, 3, 3)
+    one = torch.ones(4)
+    close(layer(x), literal.channel_norm(x, 4, one, one * 0))
+
+
+@pytest.mark.parametrize("name", ["bn", "mabn", "bcn"])
+def test_images_that_do_not_fill_a_group_are_refused(name):
+    layer = build(name, batch_size=3).norm(4)
+    with pytest.raises(ValueError, match="groups of batch size 3"):
+        layer(torch.randn(4, 4, 2, 2))
+
+
+@pytest.mark.parametrize("name", ["bn", "bcn"])
+def test_one_value_has_no_variance(name):
+    layer = build(name, batch_size=1).norm(4)
+    with pytest.raises(ValueError, match="no variance"):
+        layer(torch.randn(2, 4, 1, 1))
+    layer.eval()(torch.randn(2, 4, 1, 1))
+
+
+@pytest.mark.parametrize("name", ["bn", "bcn", "gn", "mabn"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_statistics_are_float32(name, dtype):
+    """A map of equal values far from zero: in half precision its mean would be off by whole units."""
+    layer = build(name, batch_size=2).norm(32).float()
+    x = torch.full((4, 32, 32, 32), 1000.0) + torch.randn(4, 32, 1, 1)
+    x = x.to(dtype)
+    expected = layer(x.float())
+    assert torch.allclose(layer(x).float(), expected, rtol=0.02, atol=0.02)
+    assert layer(x).dtype == dtype
+
+
+def test_init_alpha_gives_every_outer_convolution_variance_two():
+    scheme = build("pws", init_alpha=True)
+    net = nn.Sequential(
+        scheme.conv(3, 16, 3, padding=1),
+        nn.ReLU(),
+        scheme.conv(16, 16, 3, padding=1, inner=True),
+        nn.ReLU(),
+        scheme.conv(16, 24, 1),
+    )
+    images = torch.randn(8, 3, 6, 6) * 7
+    scheme.initialize(net, images)
+    close(net[:1](images).var(), torch.tensor(2.0))
+    close(net(images).var(), torch.tensor(2.0))
+    assert len(set(net[0].alpha.tolist())) == 1
+    assert torch.equal(net[2].alpha, torch.ones(16))
+    scheme.initialize(net, images)  # starts from 1 again
+    close(net(images).var(), torch.tensor(2.0))
+
+
+def test_loaded_weights_are_used_after_eval():
+    layer, other = PWSConv2d(3, 4, 3).eval(), PWSConv2d(3, 4, 3).eval()
+    x = torch.randn(1, 3, 5, 5)
+    before = layer(x)
+    layer.load_state_dict(other.state_dict())
+    assert torch.equal(layer(x), other(x))
+    assert not torch.equal(layer(x), before)
