@@ -69,6 +69,6 @@ def check_variance(x: Tensor, batch_size: int | None) -> None:
     size = (batch_size or x.shape[0]) * x.shape[2] * x.shape[3]
     if size < 2:
         raise ValueError(
-            f"one value per channel (batch size 1 on maps of {x.shape[2]}x{x.shape[3]}) has no "
-            f"variance; use a larger batch or larger images"
+            f"batch={batch_size or x.shape[0]}: one value per channel, on maps of "
+            f"{x.shape[2]}x{x.shape[3]}, has no variance; expected a larger batch or larger images"
         )

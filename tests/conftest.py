@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import training.cli
+
 ROOT = Path(__file__).parent.parent
 # Numbers of threads change last bits, and tests run side by side.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -14,8 +16,9 @@ torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
-def _seed() -> None:
+def _seed(monkeypatch) -> None:
     torch.manual_seed(0)
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")  # restored after each test; train.py sets it
 
 
 @pytest.fixture
@@ -48,9 +51,7 @@ def train(tmp_path, monkeypatch, capfd):
     def call(*args: str, quick: bool = True, runs: Path = tmp_path / "runs") -> Outcome:
         small = ["recipe.epochs=1", "data.train_fraction=0.1"] if quick else []
         own = [f"runtime.runs={runs}", "runtime.threads=1"]
-        for name in [n for n in sys.modules if n.startswith("training.cli")]:
-            monkeypatch.delitem(sys.modules, name)  # it remembers failures and HYDRA_FULL_ERROR
-        monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
+        monkeypatch.setattr(training.cli.Report, "failures", 0)
         flags = [a for a in args if a.startswith("-")]
         rest = [a for a in args if not a.startswith("-")]
         monkeypatch.setattr(sys, "argv", ["train.py", *flags, *small, *own, *rest])

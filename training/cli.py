@@ -43,12 +43,17 @@ def explain(error: BaseException) -> str:
         return f"out of memory: a smaller protocol.forward or model needs less ({first(error)})"
     if isinstance(error, HydraException | OmegaConfBaseException):
         cause = error.__cause__
+        missing = re.search(r"Missing mandatory value: (\S+)", f"{error} {cause}")
+        if missing:
+            return f"{missing[1]}=???: needs a value"
         unknown = re.match(r"Could not override '([^']*)'", str(error))
         if unknown:
             key = getattr(cause, "full_key", None) or unknown[1]
             keys = known_keys()
             return f"{key}: no such key{near(key, keys)}; --help lists all"
         return first(error) + (f" ({first(cause)})" if cause else "")
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.filename}: {error.strerror}; runtime.runs names the folder of all runs"
     return " ".join(str(error).split()) or type(error).__name__
 
 

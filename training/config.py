@@ -111,16 +111,19 @@ def run_name(cfg: DictConfig) -> str:
 
 def check(cfg: DictConfig) -> None:
     """Raise `ValueError`, in one line, for a value that no run can have."""
-    missing = sorted(OmegaConf.missing_keys(cfg))
-    if missing:
-        raise ValueError(f"{missing[0]}=???: needs a value, such as {missing[0]}=resnet18")
+    if OmegaConf.is_missing(cfg.model, "name"):
+        raise ValueError("model.name=???: needs a value, such as model.name=resnet18")
+    if cfg.recipe.epochs is None and cfg.recipe.updates is None:
+        raise ValueError("recipe.epochs=null: expected a number, of epochs or recipe.updates")
     base, own = flatten(defaults(cfg)), flatten(cfg, resolve=True)
     for key, value in own.items():
         default = base.get(key)
+        if key == "recipe.epochs" and value is None:
+            continue
         if isinstance(default, bool) and not isinstance(value, bool):
-            raise ValueError(f"{key}={value}: expected true or false")
+            raise ValueError(f"{key}={shown(value)}: expected true or false")
         number = isinstance(default, int | float) and not isinstance(default, bool)
-        if number or (key in RANGES and value is not None):
+        if number or key in ("batch", "seed") or (key in RANGES and value is not None):
             check_number(key, value, whole=isinstance(default, int) or key in WHOLE)
         if key in CHOICES and value not in CHOICES[key]:
             raise ValueError(f"{key}={value}: expected {', '.join(CHOICES[key])}")
@@ -129,8 +132,6 @@ def check(cfg: DictConfig) -> None:
         not isinstance(m, int | float) or not 0 <= m <= 1 for m in milestones
     ):
         raise ValueError(f"recipe.milestones={milestones}: expected parts from 0 to 1: [0.5,0.75]")
-    if cfg.recipe.epochs is None and cfg.recipe.updates is None:
-        raise ValueError("recipe.epochs=null: expected a number, of epochs or recipe.updates")
     if cfg.recipe.flip and not cfg.data.mirror:
         raise ValueError(
             f"recipe.flip=true: images of data={cfg.data.name} change their class when mirrored; "
@@ -139,6 +140,13 @@ def check(cfg: DictConfig) -> None:
     for key in ("study", "name"):
         if cfg[key] is not None and str(cfg[key]) != os.path.basename(str(cfg[key])).strip(". "):
             raise ValueError(f"{key}={cfg[key]}: expected the name of a folder, without slashes")
+
+
+def shown(value: Any) -> str:
+    """A value as one would type it."""
+    return (
+        str(value).lower() if isinstance(value, bool) else "null" if value is None else str(value)
+    )
 
 
 def check_number(key: str, value: Any, whole: bool) -> None:
@@ -153,7 +161,7 @@ def check_number(key: str, value: Any, whole: bool) -> None:
         or (high is not None and value > high)
         or value in (float("inf"), float("-inf"))
     ):
-        raise ValueError(f"{key}={value}: expected {kind}{bounds}")
+        raise ValueError(f"{key}={shown(value)}: expected {kind}{bounds}")
 
 
 @dataclass(frozen=True)

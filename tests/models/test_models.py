@@ -85,9 +85,7 @@ def test_block_orders(as_default):
     x = torch.randn(2, 64, 8, 8)
     relu = torch.relu
     for order in ("post", "pws"):
-        model = models.build(
-            "resnet18_cifar", scheme=norms.build("bn"), num_classes=3, block=order
-        )
+        model = models.build("resnet18_cifar", scheme=norms.build("bn"), num_classes=3, block=order)
         plain, down = model.layer1[0], model.layer2[0]
 
         def branch(b, x):

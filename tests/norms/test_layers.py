@@ -260,8 +260,10 @@ def test_a_filter_of_one_weight_is_refused(make):
 
 @pytest.mark.parametrize(
     ("channels", "groups", "minimum", "expected"),
-    [(64, 32, 2, 32), (32, 32, 2, 16), (16, 32, 2, 8), (64, 32, 1, 32), (32, 32, 1, 32)]
-    + [(3, 32, 2, 1), (1, 32, 2, 1), (2048, 32, 2, 32), (24, 32, 2, 12), (48, 10, 2, 8)],
+    [
+        *((64, 32, 2, 32), (32, 32, 2, 16), (16, 32, 2, 8), (64, 32, 1, 32), (32, 32, 1, 32)),
+        *((3, 32, 2, 1), (1, 32, 2, 1), (2048, 32, 2, 32), (24, 32, 2, 12), (48, 10, 2, 8)),
+    ],
 )
 def test_groups_in_narrow_layers(channels, groups, minimum, expected):
     assert fit_groups(channels, groups, minimum) == expected
@@ -293,7 +295,7 @@ def test_one_value_has_no_variance(name):
 @pytest.mark.parametrize("name", ["bn", "bcn", "gn", "mabn"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_statistics_are_float32(name, dtype):
-    """A map of equal values far from zero: in half precision its mean would be off by whole units."""
+    """Equal values far from zero: the mean of a map in half precision would be off by units."""
     layer = build(name, batch_size=2).norm(32).float()
     x = torch.full((4, 32, 32, 32), 1000.0) + torch.randn(4, 32, 1, 1)
     x = x.to(dtype)

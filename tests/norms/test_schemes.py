@@ -70,7 +70,9 @@ def test_batch_free_says_the_truth(name):
         assert torch.allclose(together, single, atol=1e-5)
     other = torch.cat([x[:1], torch.randn(3, 2, 8, 8)])
     same = torch.allclose(small(name, 2)(other)[0], together[0], atol=1e-5)
-    assert same == scheme.batch_free or name == "mabn"  # MABN's first step: all groups by themselves
+    assert (
+        same == scheme.batch_free or name == "mabn"
+    )  # MABN's first step: all groups by themselves
     assert torch.allclose(together, alone, atol=1e-4) or not scheme.batch_free
 
 
@@ -114,13 +116,15 @@ def test_unknown_option():
 
 @pytest.mark.parametrize("batch", [0, -1, 2.5, "two", True])
 def test_batch_size_that_is_none(batch):
-    with pytest.raises(ValueError, match="batch=.*whole number"):
+    with pytest.raises(ValueError, match=r"batch=.*whole number"):
         norms.build("bn", batch_size=batch)
 
 
 @pytest.mark.parametrize("name", ["gn", "ws_gn", "bcn"])
 def test_group_count_that_fits_no_layer(name):
-    with pytest.raises(ValueError, match=r"norm.groups=7: fits no layer .*16, 32, 64.* allowed: 1,"):
+    with pytest.raises(
+        ValueError, match=r"norm.groups=7: fits no layer .*16, 32, 64.* allowed: 1,"
+    ):
         small(name, 2, groups=7)
     with pytest.raises(ValueError, match=r"norm.groups=0: expected"):
         small(name, 2, groups=0)

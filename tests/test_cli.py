@@ -1,0 +1,521 @@
+"""The command line as a person uses it: what runs leave behind, and what mistakes are told."""
+
+import csv
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).parent.parent
+PROMISED = [
+    *("status", "top1", "top5", "best_top1", "norm", "batch_size", "sgd_batch", "protocol"),
+    *("model", "data", "recipe", "seed", "epochs", "updates", "parameters", "images_per_second"),
+    *("wall_seconds", "peak_memory_bytes", "threads", "device", "versions"),
+]
+
+
+def test_a_run_and_what_it_leaves(train):
+    done = train("norm=pws", "batch=2")
+    assert done.status == 0, done.err
+    folder = done.runs / "digits-resnet8-direct"
+    folder = next(folder.iterdir())
+    assert folder.name.startswith("pws-b2-s0")
+    result = json.loads((folder / "result.json").read_text())
+    assert set(PROMISED) <= set(result)
+    assert result["status"] == "finished"
+    assert (result["norm"], result["batch_size"], result["sgd_batch"]) == ("pws", 2, 2)
+    assert result["updates"] == 143 // 2 == 71
+    assert result["peak_memory_bytes"] is None
+    assert result["threads"] == 1
+    for name in ("config.yaml", "hydra.yaml", "overrides.yaml"):
+        assert (folder / ".hydra" / name).exists()
+    with open(folder / "metrics.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [r["epoch"] for r in rows] == ["1"]
+    assert float(rows[0]["test_top1"]) == result["top1"] == result["best_top1"]
+    state = torch.load(folder / "last.pt", weights_only=True)
+    assert state["progress"]["update"] == 71
+    assert list(folder.glob("events.out.tfevents.*"))
+    assert not list(folder.glob("*.tmp"))
+    for told in (
+        "batch size 2 (images that share statistics), SGD batch 2",
+        "learning rate 0.00625 = 0.1 x 2 / 32",
+        "of 71 updates, leaving out 1 images",
+        "75,162 parameters",
+        str(folder),
+    ):
+        assert told in done.out
+
+
+def test_the_defaults_get_the_plain_name(train):
+    done = train("batch=143", quick=False)
+    assert [p.name for p in (done.runs / "digits-resnet8-direct").iterdir()] == ["bn-b143-s0"]
+    assert "10 epochs of 10 updates" in done.out
+
+
+def test_names_of_runs_follow_from_their_configuration(train):
+    """Keys that change no result change no name; the others make the same hash in any order."""
+    first = train("recipe.lr=0.2", "recipe.momentum=0.5").run()
+    again = train("recipe.momentum=0.5", "recipe.lr=0.2", "device=cpu", "runtime.log_every=7")
+    assert "already, skipped" in again.out
+    assert again.run() == first
+    other = train("recipe.lr=0.3", "recipe.momentum=0.5")
+    assert len(list((other.runs / "digits-resnet8-direct").iterdir())) == 2
+
+
+def test_the_same_command_again_skips(train):
+    assert train().status == 0
+    again = train()
+    assert again.status == 0
+    assert "finished already, skipped" in again.out
+    assert "epoch" not in again.out
+
+
+def test_another_configuration_is_refused_and_overwritten_on_request(train):
+    folder = train("name=mine").run()
+    stamp = (folder / "result.json").stat().st_mtime_ns
+    refused = train("name=mine", "recipe.lr=0.5", "batch=8")
+    assert refused.status == 1
+    assert one_line(refused.err, "another configuration", "batch is 32 there and 8 here")
+    assert "recipe.lr is 0.1 there and 0.5 here" in refused.err
+    assert (folder / "result.json").stat().st_mtime_ns == stamp
+    (folder / "notes.txt").write_text("mine")
+    accepted = train("name=mine", "recipe.lr=0.5", "batch=8", "overwrite=true")
+    assert accepted.status == 0, accepted.err
+    assert json.loads((folder / "result.json").read_text())["batch_size"] == 8
+    assert (folder / "notes.txt").read_text() == "mine"
+
+
+def test_a_locked_folder_is_refused(train):
+    import fcntl
+
+    folder = train().run()
+    with open(folder / ".lock") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        refused = train("overwrite=true")
+    assert one_line(refused.err, "another process is training this run")
+    assert (folder / "result.json").exists()
+
+
+# --- all options
+
+
+def options(group):
+    return sorted(p.stem for p in (ROOT / "configs" / group).glob("*.yaml"))
+
+
+@pytest.mark.parametrize("norm", options("norm"))
+@pytest.mark.parametrize("protocol", options("protocol"))
+def test_every_scheme_under_every_protocol(train, norm, protocol):
+    sgd = [] if protocol == "direct" else ["protocol.sgd_batch=8"]
+    done = train(f"norm={norm}", f"protocol={protocol}", "batch=4", *sgd)
+    assert done.status == 0, done.err
+    result = json.loads((done.run() / "result.json").read_text())
+    assert (result["norm"], result["protocol"]) == (norm, protocol)
+    assert result["sgd_batch"] == (4 if protocol == "direct" else 8)
+    assert result["forward"] == (8 if protocol == "ghost" else 4)
+
+
+@pytest.mark.parametrize(
+    "model", [m for m in options("model") if m not in ("timm", "torchvision", "resnet101")]
+)
+def test_every_model(train, model):
+    small = ["data.train_images=4", "data.test_images=2", "data.size=32", "batch=2"]
+    done = train("data=synthetic", f"model={model}", "norm=gn", *small, "data.train_fraction=1.0")
+    assert done.status == 0, done.err
+    assert json.loads((done.run() / "result.json").read_text())["model"] == model
+
+
+@pytest.mark.parametrize("library", ["timm", "torchvision"])
+def test_models_of_libraries(train, library):
+    small = ["data.train_images=4", "data.test_images=2", "batch=2", "data.train_fraction=1.0"]
+    done = train("data=synthetic", f"model={library}", "model.name=resnet18", "norm=pws", *small)
+    assert done.status == 0, done.err
+    result = json.loads((done.run() / "result.json").read_text())
+    assert result["model"] == f"{library}/resnet18"
+
+
+@pytest.mark.parametrize("experiment", options("experiment"))
+@pytest.mark.parametrize("data", [None, *options("data")])
+def test_every_experiment_and_data_set_composes(experiment, data):
+    from hydra import compose, initialize_config_dir
+
+    from training.config import flatten
+
+    chosen = [f"experiment={experiment}"] if data is None else [f"data={data}"]
+    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        cfg = compose("config", chosen)
+    keys = flatten(cfg, resolve=True)
+    assert keys["recipe.lr"] > 0
+    if data is None:
+        assert keys["study"] == experiment
+    else:
+        follows = {"digits": ("resnet8", "digits")}.get(data, ("resnet20", "cifar"))
+        assert (keys["model.name"], keys["recipe.name"]) == follows
+
+
+def test_what_is_given_wins_over_the_data_sets_choice():
+    from hydra import compose, initialize_config_dir
+
+    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        cfg = compose("config", ["data=cifar10", "model=resnet56", "recipe=digits"])
+    assert (cfg.model.name, cfg.recipe.name) == ("resnet56", "digits")
+
+
+def test_every_key_has_a_comment():
+    for file in sorted((ROOT / "configs").rglob("*.yaml")):
+        lines = file.read_text().splitlines()
+        assert any(line.startswith("# ") for line in lines[:2]), file
+        if file.parent.name in ("experiment",):
+            continue
+        for line in lines:
+            key = re.match(r"([a-z_]+):", line)
+            if key and key[1] not in ("name", "defaults", "hydra", "runtime", "library"):
+                plain = key[1] in ("eps", "momentum", "classes", "channels", "nesterov", "mode")
+                plain |= key[1] in ("epochs", "weight_decay", "label_smoothing", "train_images")
+                plain |= key[1] == "test_images"
+                assert "#" in line or plain, f"{file}: {line}"
+
+
+def test_help_is_a_page(train):
+    shown = train("--help", quick=False)
+    assert shown.status == 0
+    for told in ("norm: bcn, bn, gn, mabn, pws, ws_gn", "python train.py -m", "batch: 32"):
+        assert told in shown.out
+    assert len(shown.out.splitlines()) < 110
+
+
+def test_durations_in_updates_and_rare_evaluations(train):
+    done = train("recipe.updates=10", "recipe.epochs=5", "recipe.eval_every=2", "batch=32")
+    assert done.status == 0, done.err
+    with open(done.run() / "metrics.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [(r["epoch"], r["update"]) for r in rows] == [("1", "4"), ("2", "8"), ("3", "10")]
+    assert [bool(r["test_top1"]) for r in rows] == [False, True, True]
+    assert json.loads((done.run() / "result.json").read_text())["updates"] == 10
+
+
+def test_bfloat16(train):
+    done = train("recipe.precision=bfloat16", "norm=mabn", "batch=4")
+    assert done.status == 0, done.err
+
+
+def test_data_dependent_start_is_the_same_at_every_batch_size(train):
+    states = []
+    for batch in (2, 8):
+        done = train("norm=pws", "norm.init_alpha=true", f"batch={batch}", "recipe.lr=1e-30",
+                     "recipe.weight_decay=0.0")  # fmt: skip
+        assert done.status == 0, done.err
+        states.append(
+            torch.load(done.run(f"pws-b{batch}-") / "last.pt", weights_only=True)["model"]
+        )
+    alphas = [k for k in states[0] if k.endswith("alpha")]
+    assert all(torch.equal(states[0][k], states[1][k]) for k in alphas)
+    assert any((states[0][k] != 1).any() for k in alphas)
+
+
+def test_divergence_is_a_result(train):
+    done = train("recipe.lr=1e30", "norm=gn", "recipe.warmup=0.0", "batch=8")
+    assert done.status == 0, done.err
+    result = json.loads((done.run() / "result.json").read_text())
+    assert result["status"] == "diverged"
+    assert result["diverged_at_update"] >= 2
+    assert result["top1"] is None
+    assert result["best_top1"] is None
+    assert f"diverged: the loss of update {result['diverged_at_update']}" in done.out
+    assert (
+        "diverged already, skipped"
+        in train("recipe.lr=1e30", "norm=gn", "recipe.warmup=0.0", "batch=8").out
+    )
+
+
+# --- sweeps
+
+
+def test_a_failing_run_does_not_take_the_others_with_it(train):
+    swept = train("-m", "norm=bn,gn", "norm.eps=1e-4", "batch=16,999,8")
+    assert swept.status == 1
+    results = sorted(p.parent.name[:6] for p in swept.runs.glob("*/*/result.json"))
+    assert results == ["bn-b16", "bn-b8-", "gn-b16", "gn-b8-"]
+    said = [x for x in swept.err.splitlines() if x.startswith("error:")]
+    assert len(said) == 3
+    assert all("batch=999" in x and "larger than the 143 training images" in x for x in said[:2])
+    assert "2 of these runs failed" in said[2]
+    assert "Traceback" not in swept.err
+    again = train("-m", "norm=bn,gn", "norm.eps=1e-4", "batch=16,8")
+    assert again.status == 0
+    assert again.out.count("finished already, skipped") == 4
+
+
+def test_runs_of_a_sweep_do_not_touch_each_other(train, tmp_path):
+    """A run in the middle of a sweep ends bit for bit like the same run alone."""
+    assert train("-m", "norm=mabn,bn", "batch=4", "seed=0,1").status == 0
+    alone = train("norm=bn", "batch=4", "seed=1", runs=tmp_path / "alone")
+    swept = next((tmp_path / "runs").glob("*/bn-b4-s1*"))
+    assert_same_weights(swept, alone.run())
+
+
+# --- mistakes
+
+
+def one_line(text, *parts):
+    lines = [x for x in text.strip().splitlines() if x]
+    assert len(lines) == 1, text
+    assert lines[0].startswith("error: ")
+    for part in parts:
+        assert part in lines[0], text
+    return True
+
+
+MISTAKES = [
+    (["norm=pwss"], 2, ["norm=pwss: unknown (did you mean pws", "allowed: bcn, bn, gn"]),
+    (["model=resnet21"], 2, ["model=resnet21: unknown (did you mean resnet", "allowed:"]),
+    (["data=cifar"], 2, ["data=cifar: unknown (did you mean cifar10"]),
+    (["experiment=quick"], 2, ["experiment=quick: unknown (did you mean quickstart"]),
+    (["bacth=2"], 2, ["bacth: no such key (did you mean batch"]),
+    (["recipe.momentun=0.5"], 2, ["recipe.momentun: no such key (did you mean recipe.momentum"]),
+    (["nrom=gn"], 2, ["nrom: no such key (did you mean norm"]),
+    (["norm.gama=1"], 2, ["norm.gama: no such key"]),
+    (["+norm.gama=1"], 1, ["norm.gama (norm=bn): unknown", "allowed: eps, momentum"]),
+    (["batch"], 2, ["batch: cannot be read; expected KEY=VALUE"]),
+    (["--batch", "2"], 2, ["--batch: keys are written without dashes: batch=VALUE"]),
+    (["batch=0"], 1, ["batch=0: expected a whole number from 1"]),
+    (["batch=-1"], 1, ["batch=-1: expected a whole number from 1"]),
+    (["batch=2.5"], 1, ["batch=2.5: expected a whole number from 1"]),
+    (["batch=two"], 1, ["batch=two: expected a whole number from 1"]),
+    (["batch=true"], 1, ["batch=true: expected a whole number from 1"]),
+    (["batch=null"], 1, ["batch=null: expected a whole number from 1"]),
+    (["seed=-1"], 1, ["seed=-1: expected a whole number from 0"]),
+    (["recipe.lr=fast"], 1, ["recipe.lr=fast: expected a number above 0"]),
+    (["recipe.lr=nan"], 1, ["recipe.lr=nan: expected a number above 0"]),
+    (["recipe.nesterov=maybe"], 1, ["recipe.nesterov=maybe: expected true or false"]),
+    (["recipe.schedule=cosin"], 1, ["recipe.schedule=cosin: expected step, cosine, linear"]),
+    (["recipe.precision=float16"], 1, ["recipe.precision=float16: expected float32, bfloat16"]),
+    (["recipe.milestones=[30,60]"], 1, ["recipe.milestones=[30, 60]: expected parts from 0 to 1"]),
+    (["recipe.epochs=null"], 1, ["recipe.epochs=null: expected a number"]),
+    (["recipe.flip=true"], 1, ["recipe.flip=true: images of data=digits change their class"]),
+    (["protocol=ghost", "batch=3"], 1, ["protocol.sgd_batch=128: expected a multiple of batch=3"]),
+    (["protocol=accumulate", "batch=256"], 1, ["protocol.sgd_batch=128: expected a multiple of"]),
+    (
+        ["protocol=ghost", "batch=4", "protocol.forward=6"],
+        1,
+        ["protocol.forward=6: expected a multiple of batch=4 that divides the 128 images"],
+    ),
+    (["batch=2000"], 1, ["protocol.sgd_batch=2000", "larger than the 143 training images"]),
+    (["device=cuda:9"], 1, ["device=cuda:9:", "expected auto, cpu"]),
+    (["device=gpu"], 1, ["device=gpu: expected auto, cpu"]),
+    (["model=timm"], 1, ["model.name=???: needs a value"]),
+    (["model=timm", "model.name=resnet19"], 1, ["model.name=resnet19: unknown (did you mean"]),
+    (["model.block=pre"], 1, ["model.block=pre: expected auto, post or pws"]),
+    (["norm=gn", "norm.groups=7"], 1, ["norm.groups=7: fits no layer"]),
+    (["norm=pws", "norm.mode=fan"], 1, ["norm.mode=fan: expected fan_in or fan_out"]),
+    (["model=resnet18", "batch=1"], 1, ["batch=1", "no variance"]),
+    (["data=folder"], 1, ["data.root=null: data=folder needs the path"]),
+    (["data=folder", "data.root=/nowhere"], 1, ["data.root=/nowhere: does not exist"]),
+    (["data.train_fraction=0.0"], 1, ["data.train_fraction=0.0: expected a number above 0"]),
+    (["study=a/b"], 1, ["study=a/b: expected the name of a folder, without slashes"]),
+    (["name=.."], 1, ["name=..: expected the name of a folder"]),
+    (["runtime.runs=/proc/none"], 1, ["runtime.runs=/proc/none: cannot write"]),
+]
+
+
+@pytest.mark.parametrize(("arguments", "status", "parts"), MISTAKES, ids=lambda x: str(x)[:40])
+def test_mistakes_get_one_line(train, arguments, status, parts):
+    if arguments[0].startswith("data.train_fraction"):
+        made = train("recipe.epochs=1", *arguments, quick=False)
+    else:
+        made = train(*arguments)
+    assert one_line(made.err, *parts)
+    assert made.status == status
+    assert made.out == ""
+    assert not list(made.runs.glob("*/*")) or arguments == ["batch=2000"]
+
+
+def test_cuda_where_there_is_none(train, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert one_line(train("device=cuda").err, "device=cuda: torch finds no GPU here; expected auto")
+
+
+def test_an_unreadable_image_in_a_folder_is_named(train, tmp_path):
+    for part in ("train", "test"):
+        for name in "ab":
+            place = tmp_path / "tree" / part / name
+            place.mkdir(parents=True)
+            for i in range(4):
+                Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(place / f"{i}.png")
+    bad = tmp_path / "tree" / "train" / "b" / "2.png"
+    bad.write_bytes(b"\x89PNG")
+    where = [f"data.root={tmp_path / 'tree'}", f"data.cache={tmp_path}", "data.size=8"]
+    made = train("data=folder", "model=resnet8", *where, "batch=2", "data.train_fraction=1.0")
+    assert made.status == 1
+    assert one_line(made.err, f"cannot read the image {bad}")
+
+
+def test_a_fault_of_ours_shows_its_traceback(train, monkeypatch):
+    import training.loop
+
+    def broken(*args):
+        raise ZeroDivisionError("ours")
+
+    monkeypatch.setattr(training.loop, "train", broken)
+    with pytest.raises(ZeroDivisionError):
+        train()
+
+
+def test_full_error_is_left_to_hydra(tmp_path):
+    environment = {**os.environ, "HYDRA_FULL_ERROR": "1"}
+    command = [sys.executable, "train.py", "batch=0", f"runtime.runs={tmp_path}"]
+    made = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert made.returncode == 1
+    assert "Traceback" in made.stderr
+
+
+# --- interruption
+
+
+def assert_same_weights(a, b):
+    one, two = (torch.load(f / "last.pt", weights_only=True) for f in (a, b))
+    assert one["model"].keys() == two["model"].keys()
+    for key, value in one["model"].items():
+        assert torch.equal(value, two["model"][key]), key
+    for key, value in one["optimizer"]["state"].items():
+        for name, tensor in value.items():
+            assert tensor is None or torch.equal(tensor, two["optimizer"]["state"][key][name])
+
+
+TIMES = {"images_per_second", "seconds", "wall_seconds"}
+
+
+def metrics(folder):
+    with open(folder / "metrics.csv") as file:
+        return [{k: v for k, v in r.items() if k not in TIMES} for r in csv.DictReader(file)]
+
+
+def points(folder):
+    """What TensorBoard shows of a run: tag -> [(step, value)], times apart."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder)).Reload()
+    tags = [t for t in events.Tags()["scalars"] if t not in TIMES]
+    return {t: [(e.step, e.value) for e in events.Scalars(t)] for t in tags}
+
+
+@pytest.mark.parametrize("norm", ["bn", "mabn"])
+def test_killed_and_restarted_equals_uninterrupted(tmp_path, norm):
+    """SIGKILL in the middle of an epoch, twice, through the command line."""
+
+    def command(runs):
+        own = [f"runtime.runs={runs}", "runtime.threads=1", "runtime.checkpoint_every=9"]
+        keys = ["batch=4", "recipe.epochs=3", "runtime.log_every=5", "recipe.eval_every=2"]
+        return [sys.executable, "train.py", f"norm={norm}", *keys, *own]
+
+    def start(runs):
+        return subprocess.Popen(command(runs), cwd=ROOT, stdout=subprocess.PIPE, text=True)
+
+    whole = start(tmp_path / "whole")
+    assert "top-1" in whole.communicate()[0]
+
+    for update in (9, 500):  # in the first epoch of 359 updates and in the second
+        killed = start(tmp_path / "killed")
+        while not reached(tmp_path / "killed", update) and killed.poll() is None:
+            time.sleep(0.05)
+        killed.kill()
+        killed.communicate()
+        assert killed.returncode == -9
+    last = start(tmp_path / "killed")
+    assert "goes on after update" in last.communicate()[0]
+
+    a, b = (next(tmp_path.glob(f"{x}/*/{norm}-*")) for x in ("whole", "killed"))
+    assert_same_weights(a, b)
+    assert metrics(a) == metrics(b)
+    assert points(a) == points(b)
+    results = [json.loads((f / "result.json").read_text()) for f in (a, b)]
+    for key in set(results[0]) - TIMES:
+        assert results[0][key] == results[1][key], key
+
+
+def reached(runs, update):
+    for file in runs.glob("*/*/last.pt"):
+        try:
+            return torch.load(file, weights_only=True)["progress"]["update"] >= update
+        except Exception:  # being replaced just now
+            return False
+    return False
+
+
+def test_a_truncated_checkpoint(train, tmp_path):
+    keys = ["batch=8", "recipe.epochs=3"]
+    whole = train(*keys, runs=tmp_path / "whole").run()
+    damaged = train(*keys).run()
+    (damaged / "result.json").unlink()
+    data = (damaged / "last.pt").read_bytes()
+    (damaged / "last.pt").write_bytes(data[: len(data) // 2])
+    again = train(*keys)
+    assert again.status == 0, again.err
+    assert "last.pt: damaged; going on from the checkpoint before it" in again.out
+    assert "goes on after update 34" in again.out
+    assert_same_weights(whole, damaged)
+    assert metrics(whole) == metrics(damaged)
+
+
+def test_a_run_stopped_before_its_result_is_not_trained_again(train):
+    folder = train().run()
+    (folder / "result.json").unlink()
+    again = train()
+    assert again.status == 0
+    assert "epoch 1/1" not in again.out
+    assert (folder / "result.json").exists()
+
+
+def test_other_threads_are_told(train):
+    folder = train().run()
+    (folder / "result.json").unlink()
+    again = train("runtime.threads=2")
+    assert "runtime.threads=2: the checkpoint was made with 1" in again.out
+
+
+# --- adding a scheme
+
+SCHEME = '''"""Divide by the root mean square of a map."""
+import torch
+from torch import nn
+from functools import partial
+from norms.scheme import Scheme, conv
+
+class RMS(nn.Module):
+    def __init__(self, channels, eps):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+        self.eps = eps
+    def forward(self, x):
+        x = x * torch.rsqrt(x.square().mean((2, 3), keepdim=True) + self.eps)
+        return x * self.weight[:, None, None] + self.bias[:, None, None]
+
+def scheme(batch_size=None, eps=1e-5):
+    return Scheme("rms", partial(conv, nn.Conv2d), partial(RMS, eps=eps), batch_free=True)
+'''
+
+
+def test_a_new_scheme_is_one_file_and_one_yaml(tmp_path):
+    tree = tmp_path / "tree"
+    ignore = shutil.ignore_patterns(".*", "runs", "tests", "__pycache__", "scratch")
+    shutil.copytree(ROOT, tree, ignore=ignore)
+    (tree / "norms" / "rms.py").write_text(SCHEME)
+    (tree / "configs" / "norm" / "rms.yaml").write_text("name: rms\neps: 1e-5\n")
+    keys = ["norm=rms", "batch=8", "recipe.epochs=2", "runtime.threads=1", "norm.eps=1e-4"]
+    command = [sys.executable, "train.py", "study=new", *keys]
+    made = subprocess.run(command, cwd=tree, capture_output=True, text=True)
+    assert made.returncode == 0, made.stderr
+    result = json.loads(next(tree.glob("runs/new/rms-b8-s0*/result.json")).read_text())
+    assert result["norm"] == "rms"
+    assert result["top1"] > 50
