@@ -6,6 +6,8 @@
 `--help` lists all choices and keys; a run's folder follows from them.
 """
 
+from contextlib import closing
+
 import hydra
 from omegaconf import DictConfig
 
@@ -23,6 +25,7 @@ def main(cfg: DictConfig) -> float | None:
     from training import config, device, loop, report
     from training.progress import say
     from training.run import Run
+    from training.tensorboard import TensorBoard
 
     # Every mistake that can be seen without data is found before the run has a folder.
     config.check(cfg)
@@ -62,7 +65,11 @@ def main(cfg: DictConfig) -> float | None:
         done = state["progress"]["update"] if state else 0
         say(f"{run.folder}" + (f": goes on after update {done}" if done else ""))
         say(report.describe(cfg, plan, model, loader, where))
-        progress = loop.train(model, loader, plan, cfg.recipe, cfg.runtime, run, state)
+        hyperparameters = report.hyperparameters(cfg, plan)
+        with closing(TensorBoard(run.folder, done, hyperparameters)) as tensorboard:
+            progress = loop.train(
+                model, loader, plan, cfg.recipe, cfg.runtime, run, tensorboard, state
+            )
         result = report.result(cfg, plan, model, loader, scheme.batch_free, progress)
         run.finish(result)
         say(report.closing(result))

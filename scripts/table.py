@@ -155,13 +155,17 @@ def caption(records: list[Record], metric: str, title: str) -> str:
         return title
 
     def each(key: str) -> str:
-        return ", ".join(str(x) for x in dict.fromkeys(r[key] for r in results))
+        values = dict.fromkeys(r[key] for r in results)
+        return ", ".join(f"{x:g}" if isinstance(x, float) else str(x) for x in values)
 
-    what = {"top1": "top-1 accuracy, last epoch", "best_top1": "top-1 accuracy, best epoch"}
+    what = {
+        "top1": "top-1 accuracy (%, last epoch)",
+        "best_top1": "top-1 accuracy (%, best epoch)",
+    }
     direct = "direct" in {r["protocol"] for r in results}
     sgd = "equal to the batch size" if direct else each("sgd_batch")
     return (
-        f"{title}: {what.get(metric, metric)} on {each('data')} in %, mean ± standard deviation "
+        f"{title}: {what.get(metric, metric)} on {each('data')}, mean ± standard deviation "
         f"(n seeds); {each('model')}, recipe {each('recipe')}, {each('epochs')} epochs, protocol "
         f"{each('protocol')}, SGD batch {sgd}"
     )

@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -18,17 +19,19 @@ from training.tensorboard import TensorBoard
 
 @dataclass
 class Progress:
-    """How far a run is: with the weights, all that a checkpoint needs."""
+    """How far a run is. With the weights and the generators, all that a checkpoint needs: order
+    and augmentation follow from seed and epoch."""
 
     update: int = 0
     """Optimizer steps done."""
     loss: float = 0.0
     """Of this epoch's updates so far, added up."""
     correct: int = 0
-    train_seconds: float = 0.0
-    """Spent on updates, evaluation apart, since the run's first start."""
     epoch_seconds: float = 0.0
+    train_seconds: float = 0.0
+    """Spent on updates since the run's first start, through all interruptions."""
     wall_seconds: float = 0.0
+    """The same with evaluations and checkpoints."""
     diverged_at: int | None = None
     rows: list[dict[str, Any]] = field(default_factory=list)
     """Of metrics.csv."""
@@ -38,10 +41,51 @@ class Progress:
         return self.diverged_at is not None
 
 
+class Meter:
+    """Leaves losses and correct answers on the device until somebody looks."""
+
+    def __init__(self, now: Progress):
+        self.now = now
+        self.pending: list[tuple[Tensor, Tensor]] = []
+        self.clock = time.perf_counter()
+
+    def add(self, loss: Tensor, correct: Tensor) -> None:
+        self.pending.append((loss, correct))
+        self.now.update += 1
+
+    def look(self) -> float:
+        """Fetch what is pending, the loop's only synchronization; returns the last loss."""
+        now = self.now
+        losses, corrects = (torch.stack(x).tolist() for x in zip(*self.pending, strict=True))
+        for update, loss in enumerate(losses, now.update - len(losses) + 1):
+            if not math.isfinite(loss) and not now.diverged:
+                now.diverged_at = update
+        now.loss += sum(losses)
+        now.correct += int(sum(corrects))
+        self.pending.clear()
+        seconds = self.lap()
+        now.epoch_seconds += seconds
+        now.train_seconds += seconds
+        return losses[-1]
+
+    def lap(self) -> float:
+        """Seconds since the last call, which all count as the run's."""
+        start, self.clock = self.clock, time.perf_counter()
+        self.now.wall_seconds += self.clock - start
+        return self.clock - start
+
+
 def train(
-    model: nn.Module, loader: Any, plan: Plan, recipe: Any, runtime: Any, run: Run, state: Any
+    model: nn.Module,
+    loader: Any,
+    plan: Plan,
+    recipe: Any,
+    runtime: Any,
+    run: Run,
+    tensorboard: TensorBoard,
+    state: Any,
 ) -> Progress:
-    """Train until the last update or until the loss is no longer finite.
+    """Train until the last update, or until the loss is no longer finite.
 
     `loader`: the SGD batches of an epoch by `train(epoch, start)`, `len(loader)` of them, and the
     test images by `test(size)`. `state`: a checkpoint to go on from, or None.
@@ -52,143 +96,100 @@ def train(
     device = next(model.parameters()).device
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16")
     optimizer = sgd(model, recipe, plan.lr)
-    now = Progress()
-    if state:
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        now = Progress(**state["progress"])
-        restore_rng(state["rng"], device)
+    now = restore(state, model, optimizer) if state else Progress()
+    meter = Meter(now)
 
-    def checkpoint() -> None:
-        run.save(
-            {
-                "model": model.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "progress": asdict(now),
-                "rng": rng(device),
-                "threads": torch.get_num_threads(),
-            }
-        )
-
-    def step(images: Tensor, labels: Tensor, lr: float) -> tuple[Tensor, Tensor]:
-        """One update; loss and number of correct answers stay on the device."""
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+    def step(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """One optimizer step: the mean loss of the SGD batch, and how many answers are right."""
         optimizer.zero_grad()
         loss, correct = torch.zeros((), device=device), torch.zeros((), device=device)
         for x, y in zip(images.split(plan.forward), labels.split(plan.forward), strict=True):
             with autocast:
                 logits = model(x)
             part = F.cross_entropy(logits.float(), y, label_smoothing=recipe.label_smoothing)
-            part = part * (len(y) / len(labels))  # so that the parts add up to the batch's mean
+            part = part * (len(y) / len(labels))
             part.backward()
             loss += part.detach()
             correct += (logits.argmax(1) == y).sum()
         optimizer.step()
         return loss, correct
 
-    clock = time.perf_counter()
-    board = Board(runtime.progress, updates, now.update)
-    tensorboard = TensorBoard(run.folder, now.update)
-    pending: list[tuple[Tensor, Tensor]] = []  # on the device, of updates not yet looked at
-
-    def look(epoch: int, seen: int) -> None:
-        """Fetch what the last updates left on the device: the loop's only synchronization."""
-        nonlocal clock
-        if not pending:
-            return
-        losses, corrects = (torch.stack(x).tolist() for x in zip(*pending, strict=True))
-        for i, loss in enumerate(losses):
-            if not math.isfinite(loss) and not now.diverged:
-                now.diverged_at = now.update - len(pending) + i + 1
-        now.loss += sum(losses)
-        now.correct += int(sum(corrects))
-        pending.clear()
-        elapsed = time.perf_counter() - clock
-        clock += elapsed
-        for name in ("train_seconds", "epoch_seconds", "wall_seconds"):
-            setattr(now, name, getattr(now, name) + elapsed)
-        speed = now.update * plan.sgd_batch / now.train_seconds
-        top1 = 100 * now.correct / (seen * plan.sgd_batch)
-        board.update(epoch + 1, now.update, now.loss / seen, top1, speed)
-        tensorboard.loss(now.update, losses[-1])
-
-    with board:
+    with Board(runtime.progress, updates, now.update) as board:
         while now.update < updates and not now.diverged:
             epoch, first = divmod(now.update, per_epoch)
-            last = min(per_epoch, updates - epoch * per_epoch)  # of the updates of this epoch
+            last = min(per_epoch, updates - epoch * per_epoch)  # the epoch's updates
             model.train()
             for seen, (images, labels) in enumerate(loader.train(epoch, first), first + 1):
                 lr = learning_rate(now.update, updates, plan.lr, recipe)
-                pending.append(step(images, labels, lr))
-                now.update += 1
+                for group in optimizer.param_groups:
+                    group["lr"] = lr
+                meter.add(*step(images, labels))
+
                 save = runtime.checkpoint_every and now.update % runtime.checkpoint_every == 0
                 if seen % runtime.log_every == 0 or save or seen == last:
-                    look(epoch, seen)
+                    tensorboard.loss(now.update, meter.look())
+                    board.update(epoch + 1, now, seen, plan.sgd_batch)
                 if now.diverged or seen == last:
                     break
                 if save:
-                    checkpoint()
+                    run.save(snapshot(model, optimizer, now))
             if now.diverged:
                 break
+
             row = {
                 "epoch": epoch + 1,
                 "update": now.update,
                 "learning_rate": lr,
                 "train_loss": now.loss / last,
                 "train_top1": 100 * now.correct / (last * plan.sgd_batch),
-                "test_loss": "",
-                "test_top1": "",
-                "test_top5": "",
+                **dict.fromkeys(("test_loss", "test_top1", "test_top5"), ""),
                 "images_per_second": last * plan.sgd_batch / now.epoch_seconds,
-                "seconds": 0.0,
             }
             if (epoch + 1) % recipe.eval_every == 0 or now.update == updates:
                 with autocast:
                     row |= evaluate(model, loader.test(runtime.eval_batch))
-            elapsed = time.perf_counter() - clock
-            clock += elapsed
-            now.wall_seconds += elapsed
-            row["seconds"] = now.wall_seconds
-            now.rows.append(row)
+            meter.lap()
+            now.rows.append(row | {"seconds": now.wall_seconds})
             now.loss, now.correct, now.epoch_seconds = 0.0, 0, 0.0
             run.write_metrics(now.rows)
             tensorboard.epoch(row)
             board.epoch(row, epochs)
-            checkpoint()
-    tensorboard.close()
+            run.save(snapshot(model, optimizer, now))
     return now
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, batches: Any) -> dict[str, float]:
+def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> dict[str, float]:
     """Mean cross-entropy and the accuracies in %, over every image once."""
     model.eval()
     parts, count = [], 0
     for images, labels in batches:
         logits = model(images).float()
-        best = logits.topk(min(5, logits.shape[1]), 1).indices
-        hits = best == labels[:, None]
+        hits = logits.topk(min(5, logits.shape[1]), 1).indices == labels[:, None]
         loss = F.cross_entropy(logits, labels, reduction="sum")
         parts.append(torch.stack([loss, hits[:, 0].sum(), hits.sum()]))
         count += len(labels)
-    loss, top1, top5 = torch.stack(parts).double().sum(0).tolist()
+    loss, top1, top5 = (torch.stack(parts).double().sum(0) / count).tolist()
+    return {"test_loss": loss, "test_top1": 100 * top1, "test_top5": 100 * top5}
+
+
+def snapshot(model: nn.Module, optimizer: torch.optim.Optimizer, now: Progress) -> dict[str, Any]:
+    """A checkpoint. The generators' states are for a model's own randomness, such as dropout."""
+    cuda = next(model.parameters()).device.type == "cuda"
     return {
-        "test_loss": loss / count,
-        "test_top1": 100 * top1 / count,
-        "test_top5": 100 * top5 / count,
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "progress": asdict(now),
+        "rng": [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if cuda else [])],
+        "threads": torch.get_num_threads(),
     }
 
 
-def rng(device: torch.device) -> dict[str, Tensor]:
-    """The state of the global generators, which only a model's own randomness draws from."""
-    states = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        states["cuda"] = torch.cuda.get_rng_state(device)
-    return states
-
-
-def restore_rng(states: dict[str, Tensor], device: torch.device) -> None:
-    torch.set_rng_state(states["cpu"])
-    if "cuda" in states and device.type == "cuda":
-        torch.cuda.set_rng_state(states["cuda"], device)
+def restore(state: Any, model: nn.Module, optimizer: torch.optim.Optimizer) -> Progress:
+    """Put a checkpoint back into model, optimizer and generators."""
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    torch.set_rng_state(state["rng"][0])
+    if len(state["rng"]) > 1 and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["rng"][1])
+    return Progress(**state["progress"])

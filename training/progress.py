@@ -40,9 +40,12 @@ class Board:
     def __exit__(self, *error: object) -> None:
         self.bar.stop()
 
-    def update(self, epoch: int, done: int, loss: float, top1: float, speed: float) -> None:
+    def update(self, epoch: int, now: Any, seen: int, sgd_batch: int) -> None:
+        """After `seen` updates of an epoch, with the `Progress` of the run."""
+        loss, top1 = now.loss / seen, 100 * now.correct / (seen * sgd_batch)
+        speed = now.update * sgd_batch / now.train_seconds
         text = f"· loss {loss:.3f} · {top1:.1f} % · {speed:,.0f} images/s"
-        self.bar.update(self.task, description=f"epoch {epoch}", completed=done, text=text)
+        self.bar.update(self.task, description=f"epoch {epoch}", completed=now.update, text=text)
 
     def epoch(self, row: dict[str, Any], epochs: int) -> None:
         if self.style == "none":

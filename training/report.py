@@ -47,6 +47,21 @@ def describe(
     )
 
 
+def hyperparameters(cfg: DictConfig, plan: Plan) -> dict[str, Any]:
+    """The same keys in every run, none of them empty: TensorBoard drops a column otherwise."""
+    return {
+        "norm": scheme_name(),
+        "batch_size": plan.batch,
+        "sgd_batch": plan.sgd_batch,
+        "protocol": cfg.protocol.name,
+        "learning_rate": plan.lr,
+        "model": model_name(cfg),
+        "data": cfg.data.name,
+        "recipe": cfg.recipe.name,
+        "seed": cfg.seed,
+    }
+
+
 def closing(result: dict[str, Any]) -> str:
     """The line behind a run."""
     if result["status"] == "diverged":

@@ -16,20 +16,16 @@ METRICS = ("top1/test", "loss/test", "images_per_second")
 
 
 class TensorBoard:
-    """Writes against the number of updates. `start`: the first update whose points are to come;
-    points of an earlier attempt from there on are hidden by TensorBoard."""
+    """Writes against the number of updates, from `start` on; what an interrupted attempt wrote
+    behind that point is hidden."""
 
-    def __init__(self, folder: Path, start: int):
+    def __init__(self, folder: Path, start: int, hyperparameters: dict[str, Any]):
         from torch.utils.tensorboard import SummaryWriter
-
-        self.writer = SummaryWriter(str(folder), purge_step=start + 1 if start else None)
-
-    def hyperparameters(self, values: dict[str, Any]) -> None:
-        # `SummaryWriter.add_hparams` would make a second run beside this one.
         from torch.utils.tensorboard.summary import hparams
 
-        text = {k: v if isinstance(v, bool | int | float) else str(v) for k, v in values.items()}
-        for summary in hparams(text, dict.fromkeys(METRICS)):
+        self.writer = SummaryWriter(str(folder), purge_step=start + 1)
+        # `SummaryWriter.add_hparams` would make a second run beside this one.
+        for summary in hparams(hyperparameters, dict.fromkeys(METRICS)):
             self.writer._get_file_writer().add_summary(summary)
 
     def loss(self, update: int, value: float) -> None:
