@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent.parent
 
 
 def put(study, norm, batch, seed, top1=None, status="finished", free=False, sgd=32, **config):
-    """A run's folder as `train.py` leaves it; unfinished if it has no `top1` and did not diverge."""
+    """A run's folder as `train.py` leaves it; unfinished without a `top1`, unless diverged."""
     folder = study / f"{norm}-b{batch}-s{seed}{'-x' if config else ''}"
     (folder / ".hydra").mkdir(parents=True)
     cfg = {
