@@ -22,14 +22,14 @@ def main(cfg: DictConfig) -> float | None:
     import data
     import models
     import norms
-    from training import config, device, loop, report
+    from training import config, device, loop, protocol, report
     from training.progress import say
     from training.run import Run
     from training.tensorboard import TensorBoard
 
     # Every mistake that can be seen without data is found before the run has a folder.
     config.check(cfg)
-    plan = config.plan(cfg)
+    plan = protocol.plan(cfg)
     where = device.find(cfg.device)
     source = data.find(cfg.data)
     options = {k: v for k, v in cfg.norm.items() if k != "name"}

@@ -2,7 +2,6 @@
 
 import copy
 import warnings
-from difflib import get_close_matches
 from functools import partial
 from typing import Any
 
@@ -34,12 +33,9 @@ NETWORKS: dict[str, dict[str, Any]] = {
 }
 
 
-def _pick(name: str, known: list[str], more: str = "") -> str:
-    if name in known:
-        return name
-    near = get_close_matches(str(name), known, n=3, cutoff=0.5)
-    hint = f" (did you mean {' or '.join(near)}?)" if near else ""
-    raise ValueError(f"model.name={name}: unknown{hint}; allowed: {more or ', '.join(known)}")
+def check_name(name: str, known: list[str], allowed: str = "") -> None:
+    if name not in known:
+        raise norms.unknown(f"model.name={name}", name, known, allowed)
 
 
 def _host(library: str, name: str, num_classes: int, in_channels: int) -> nn.Module:
@@ -47,12 +43,13 @@ def _host(library: str, name: str, num_classes: int, in_channels: int) -> nn.Mod
     if library == "timm":
         import timm
 
-        _pick(name, timm.list_models(), "timm.list_models()")
+        check_name(name, timm.list_models(), "those of timm.list_models()")
         return timm.create_model(name, num_classes=num_classes, in_chans=in_channels)
     if library == "torchvision":
         import torchvision
 
-        _pick(name, torchvision.models.list_models(torchvision.models), "torchvision.models")
+        known = torchvision.models.list_models(torchvision.models)
+        check_name(name, known, "those of torchvision.models.list_models()")
         if in_channels != 3:
             raise ValueError(
                 f"model=torchvision: its networks take 3 channels and the data has {in_channels}; "
@@ -92,13 +89,14 @@ def build(
                     f"model.{key}={value}: a network of {library} keeps its own; expected auto"
                 )
         return norms.convert(_host(library, name, num_classes, in_channels), scheme)
+    check_name(name, list(NETWORKS))
     model = ResNet(
         scheme,
         num_classes,
         in_channels,
         block=scheme.block if block == "auto" else block,
         zero_init=scheme.zero_init if zero_init == "auto" else bool(zero_init),
-        **NETWORKS[_pick(name, list(NETWORKS))],
+        **NETWORKS[name],
     )
     if scheme.check:
         scheme.check(model)

@@ -40,10 +40,11 @@ def names() -> list[str]:
     return sorted(m.name for m in pkgutil.iter_modules(__path__) if m.name not in _SHARED)
 
 
-def _unknown(what: str, name: str, known: list[str]) -> ValueError:
-    near = get_close_matches(name, known, n=1, cutoff=0.5)
-    hint = f" (did you mean {near[0]}?)" if near else ""
-    return ValueError(f"{what}: unknown{hint}; allowed: {', '.join(known)}")
+def unknown(what: str, name: str, known: list[str], allowed: str = "") -> ValueError:
+    """The error for a name that is none of those known, with near matches."""
+    near = get_close_matches(str(name), known, n=3, cutoff=0.5)
+    hint = f" (did you mean {' or '.join(near)}?)" if near else ""
+    return ValueError(f"{what}: unknown{hint}; allowed: {allowed or ', '.join(known)}")
 
 
 def build(name: str, *, batch_size: int | None = None, **options) -> Scheme:
@@ -52,7 +53,7 @@ def build(name: str, *, batch_size: int | None = None, **options) -> Scheme:
     Raises `ValueError` for an unknown name or option, naming near matches.
     """
     if name not in names():
-        raise _unknown(f"norm={name}", name, names())
+        raise unknown(f"norm={name}", name, names())
     if batch_size is not None and (
         not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1
     ):
@@ -61,5 +62,5 @@ def build(name: str, *, batch_size: int | None = None, **options) -> Scheme:
     known = [p for p in inspect.signature(make).parameters if p != "batch_size"]
     for option in options:
         if option not in known:
-            raise _unknown(f"norm.{option} (norm={name})", option, known)
+            raise unknown(f"norm.{option} (norm={name})", option, known)
     return make(batch_size=batch_size, **options)

@@ -162,10 +162,15 @@ def caption(records: list[Record], metric: str, title: str) -> str:
         "top1": "top-1 accuracy (%, last epoch)",
         "best_top1": "top-1 accuracy (%, best epoch)",
     }
+    data = each("data")
+    for part in dict.fromkeys(r.config.get("data.train_fraction", 1) for r in records):
+        data += f" ({100 * part:g} % of its training images)" if part < 1 else ""
+    if any(r.config.get("data.holdout") for r in records):
+        data += ", evaluated on held-out training images"
     direct = "direct" in {r["protocol"] for r in results}
     sgd = "equal to the batch size" if direct else each("sgd_batch")
     return (
-        f"{title}: {what.get(metric, metric)} on {each('data')}, mean ± standard deviation "
+        f"{title}: {what.get(metric, metric)} on {data}, mean ± standard deviation "
         f"(n seeds); {each('model')}, recipe {each('recipe')}, {each('epochs')} epochs, protocol "
         f"{each('protocol')}, SGD batch {sgd}"
     )
@@ -192,7 +197,9 @@ def main() -> None:
     )
     parser.add_argument("study", type=Path, help="folder with the runs of a study")
     parser.add_argument("--metric", default="top1", help="number of result.json (default: top1)")
-    parser.add_argument("--split", nargs="*", default=[], metavar="KEY", help="a table per value")
+    parser.add_argument(
+        "--split", action="append", default=[], metavar="KEY", help="a table per value"
+    )
     args = parser.parse_args()
     try:
         show(args.study, args.metric, args.split)

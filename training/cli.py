@@ -24,6 +24,7 @@ FLAGS = re.compile(
     r"-(h|p|r|m|c|i|sc|cp|cn|cd|-help|-hydra-help|-version|-cfg|-resolve|-package|-run|-multirun"
     r"|-shell-completion|-config-path|-config-name|-config-dir|-experimental-rerun|-info)(=.*)?"
 )
+CHOICE = re.compile(r"(model|norm|protocol|data|recipe)=\w+")
 
 
 def near(word: str, known: list[str]) -> str:
@@ -67,7 +68,7 @@ def known_keys() -> list[str]:
 
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(Path(__file__).parent.parent / "configs"), version_base="1.3"):
-        keys = list(flatten(compose("config")))
+        keys = list(flatten(compose("config", [w for w in sys.argv if CHOICE.fullmatch(w)])))
     return sorted({*keys, *(k.split(".")[0] for k in keys), "experiment"})
 
 

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-from dataclasses import dataclass
 from typing import Any
 
 from hydra import compose
@@ -13,36 +12,35 @@ from omegaconf import DictConfig, OmegaConf
 # Where a run comes from and how it is carried out, but not what comes out of it.
 OUTSIDE = ("device", "study", "name", "overwrite", "runtime", "data.root", "data.cache")
 
-# key: lowest and highest value allowed (None: no bound), and whether they are allowed themselves
-RANGES: dict[str, tuple[float, float | None, bool]] = {
-    "batch": (1, None, True),
-    "seed": (0, None, True),
-    "protocol.sgd_batch": (1, None, True),
-    "protocol.forward": (1, None, True),
-    "data.size": (1, None, True),
-    "data.classes": (2, None, True),
-    "data.channels": (1, None, True),
-    "data.train_images": (1, None, True),
-    "data.test_images": (1, None, True),
-    "recipe.epochs": (1, None, True),
-    "recipe.updates": (1, None, True),
-    "recipe.lr": (0, None, False),
-    "recipe.lr_batch": (1, None, True),
-    "recipe.momentum": (0, 1, True),
-    "recipe.weight_decay": (0, None, True),
-    "recipe.warmup": (0, 1, True),
-    "recipe.decay": (0, 1, True),
-    "recipe.label_smoothing": (0, 1, True),
-    "recipe.crop": (0, None, True),
-    "recipe.eval_every": (1, None, True),
-    "runtime.threads": (1, None, True),
-    "runtime.eval_batch": (1, None, True),
-    "runtime.log_every": (1, None, True),
-    "runtime.checkpoint_every": (0, None, True),
+# Whole numbers, and the least that is allowed.
+COUNTS = {
+    "batch": 1,
+    "seed": 0,
+    "protocol.sgd_batch": 1,
+    "protocol.forward": 1,
+    "data.size": 1,
+    "data.classes": 2,
+    "data.channels": 1,
+    "data.train_images": 1,
+    "data.test_images": 1,
+    "recipe.epochs": 1,
+    "recipe.updates": 1,
+    "recipe.lr_batch": 1,
+    "recipe.crop": 0,
+    "recipe.eval_every": 1,
+    "runtime.threads": 1,
+    "runtime.eval_batch": 1,
+    "runtime.log_every": 1,
+    "runtime.checkpoint_every": 0,
 }
-WHOLE = {
-    *("batch", "seed", "protocol.sgd_batch", "protocol.forward", "recipe.epochs", "recipe.updates"),
-    *("recipe.lr_batch", "runtime.threads"),
+PART = (0.0, 1.0, " from 0 to 1")
+NUMBERS = {
+    "recipe.lr": (1e-300, 1e300, " above 0"),
+    "recipe.weight_decay": (0.0, 1e300, " from 0"),
+    "recipe.momentum": PART,
+    "recipe.warmup": PART,
+    "recipe.decay": PART,
+    "recipe.label_smoothing": PART,
 }
 CHOICES: dict[str, tuple[str, ...]] = {
     "protocol.name": ("direct", "accumulate", "ghost"),
@@ -91,9 +89,7 @@ def defaults(cfg: DictConfig) -> DictConfig:
         chosen += ["experiment"]
     elif OmegaConf.to_container(cfg)["study"].startswith("${"):  # type: ignore[index, call-overload]
         chosen += ["data", "model", "protocol"]
-    base = compose("config", [f"{group}={choices[group]}" for group in chosen])
-    base.batch, base.seed = cfg.batch, cfg.seed
-    return base
+    return compose("config", [f"{group}={choices[group]}" for group in chosen])
 
 
 def run_name(cfg: DictConfig) -> str:
@@ -101,6 +97,7 @@ def run_name(cfg: DictConfig) -> str:
     if cfg.name is not None:
         return str(cfg.name)
     base, own = identity(defaults(cfg)), identity(cfg)
+    own = {k: v for k, v in own.items() if k not in ("batch", "seed")}
     other = {k: v for k, v in own.items() if k not in base or base[k] != v}
     name = f"{scheme_name()}-b{cfg.batch}-s{cfg.seed}"
     if other:
@@ -118,15 +115,24 @@ def check(cfg: DictConfig) -> None:
     base, own = flatten(defaults(cfg)), flatten(cfg, resolve=True)
     for key, value in own.items():
         default = base.get(key)
-        if key == "recipe.epochs" and value is None:
+        if value is None and (default is None or key == "recipe.epochs"):
             continue
-        if isinstance(default, bool) and not isinstance(value, bool):
-            raise ValueError(f"{key}={shown(value)}: expected true or false")
-        number = isinstance(default, int | float) and not isinstance(default, bool)
-        if number or key in ("batch", "seed") or (key in RANGES and value is not None):
-            check_number(key, value, whole=isinstance(default, int) or key in WHOLE)
-        if key in CHOICES and value not in CHOICES[key]:
-            raise ValueError(f"{key}={value}: expected {', '.join(CHOICES[key])}")
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if key in COUNTS:
+            right = number and isinstance(value, int) and value >= COUNTS[key]
+            expected = f"a whole number from {COUNTS[key]}"
+        elif isinstance(default, bool):
+            right, expected = isinstance(value, bool), "true or false"
+        elif key in NUMBERS or isinstance(default, int | float):
+            low, high, bounds = NUMBERS.get(key, (-1e300, 1e300, ""))
+            right, expected = number and low <= value <= high, f"a number{bounds}"
+        else:
+            choices = CHOICES.get(key, (value,))
+            right, expected = value in choices, ", ".join(map(str, choices))
+        if not right:
+            typed = {None: "null", True: "true", False: "false"}
+            value = typed[value] if value is None or isinstance(value, bool) else value
+            raise ValueError(f"{key}={value}: expected {expected}")
     milestones = own["recipe.milestones"]
     if not isinstance(milestones, list) or any(
         not isinstance(m, int | float) or not 0 <= m <= 1 for m in milestones
@@ -140,60 +146,3 @@ def check(cfg: DictConfig) -> None:
     for key in ("study", "name"):
         if cfg[key] is not None and str(cfg[key]) != os.path.basename(str(cfg[key])).strip(". "):
             raise ValueError(f"{key}={cfg[key]}: expected the name of a folder, without slashes")
-
-
-def shown(value: Any) -> str:
-    """A value as one would type it."""
-    return (
-        str(value).lower() if isinstance(value, bool) else "null" if value is None else str(value)
-    )
-
-
-def check_number(key: str, value: Any, whole: bool) -> None:
-    low, high, closed = RANGES.get(key, (float("-inf"), None, True))
-    kind = "a whole number" if whole else "a number"
-    bounds = f" {'from' if closed else 'above'} {low:g}" if low > float("-inf") else ""
-    bounds += f" to {high:g}" if high is not None else ""
-    right_type = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
-    if (
-        not right_type
-        or not (low <= value if closed else low < value)
-        or (high is not None and value > high)
-        or value in (float("inf"), float("-inf"))
-    ):
-        raise ValueError(f"{key}={shown(value)}: expected {kind}{bounds}")
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How batches become optimizer steps."""
-
-    batch: int
-    """Images that share statistics."""
-    sgd_batch: int
-    """Images per optimizer step, over all devices."""
-    forward: int
-    """Images per forward pass on one device."""
-    lr: float
-    """Learning rate after scaling to the SGD batch."""
-
-
-def plan(cfg: DictConfig, devices: int = 1) -> Plan:
-    """The protocol's two numbers and the learning rate, or `ValueError` where they do not fit."""
-    batch, recipe = cfg.batch, cfg.recipe
-    sgd_batch = cfg.protocol.sgd_batch or batch * devices
-    forward = cfg.protocol.forward
-    if sgd_batch % (batch * devices):
-        raise ValueError(
-            f"protocol.sgd_batch={sgd_batch}: expected a multiple of batch={batch}"
-            + (f" times {devices} devices" if devices > 1 else "")
-        )
-    share = sgd_batch // devices
-    if forward == cfg.protocol.sgd_batch:
-        forward = share
-    if forward % batch or share % forward:
-        raise ValueError(
-            f"protocol.forward={forward}: expected a multiple of batch={batch} that divides the "
-            f"{share} images of an optimizer step on one device"
-        )
-    return Plan(batch, sgd_batch, forward, recipe.lr * sgd_batch / recipe.lr_batch)

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from training.config import Plan
 from training.optimizer import learning_rate, sgd
 from training.progress import Board
+from training.protocol import Plan
 from training.run import Run
 from training.tensorboard import TensorBoard
 

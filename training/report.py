@@ -8,8 +8,9 @@ import torch
 from omegaconf import DictConfig
 from torch import nn
 
-from training.config import Plan, scheme_name
+from training.config import scheme_name
 from training.loop import Progress
+from training.protocol import Plan
 
 PACKAGES = ("torch", "torchvision", "timm", "hydra-core", "omegaconf", "numpy")
 

@@ -7,7 +7,7 @@ from torch import nn
 
 import models
 import norms
-from training import config, optimizer
+from training import optimizer, protocol
 from training.files import write
 from training.loop import Progress, evaluate
 from training.optimizer import learning_rate
@@ -82,9 +82,9 @@ def test_weight_decay_by_type_of_module(name):
 # --- protocols
 
 
-def plan(batch, devices=1, **protocol):
+def plan(batch, devices=1, **numbers):
     cfg = {"batch": batch, "recipe": RECIPE, "protocol": {"sgd_batch": None, "forward": batch}}
-    return config.plan(OmegaConf.merge(cfg, {"protocol": protocol}), devices)
+    return protocol.plan(OmegaConf.merge(cfg, {"protocol": numbers}), devices)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,40 @@
+"""How batches become optimizer steps."""
+
+from dataclasses import dataclass
+
+from omegaconf import DictConfig
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a protocol comes to for one run."""
+
+    batch: int
+    """Images that share statistics."""
+    sgd_batch: int
+    """Images per optimizer step, over all devices."""
+    forward: int
+    """Images per forward pass on one device."""
+    lr: float
+    """Learning rate after scaling to the SGD batch."""
+
+
+def plan(cfg: DictConfig, devices: int = 1) -> Plan:
+    """The protocol's two numbers and the learning rate, or `ValueError` where they do not fit."""
+    batch, recipe = cfg.batch, cfg.recipe
+    sgd_batch = cfg.protocol.sgd_batch or batch * devices
+    forward = cfg.protocol.forward
+    if sgd_batch % (batch * devices):
+        raise ValueError(
+            f"protocol.sgd_batch={sgd_batch}: expected a multiple of batch={batch}"
+            + (f" times {devices} devices" if devices > 1 else "")
+        )
+    share = sgd_batch // devices
+    if forward == cfg.protocol.sgd_batch:
+        forward = share
+    if forward % batch or share % forward:
+        raise ValueError(
+            f"protocol.forward={forward}: expected a multiple of batch={batch} that divides the "
+            f"{share} images of an optimizer step on one device"
+        )
+    return Plan(batch, sgd_batch, forward, recipe.lr * sgd_batch / recipe.lr_batch)
