@@ -75,11 +75,15 @@ def convert(module: nn.Module, scheme: Scheme) -> nn.Module:
     Returns the module. Raises `ValueError` if there is nothing to swap, or if the scheme's options
     fit none of its layers.
     """
-    leaves = [(name, x) for name, x in module.named_modules() if not isinstance(x, nn.Identity)]
-    leaves = [(n, x) for n, x in leaves if isinstance(x, nn.BatchNorm2d) or not any(x.children())]
-    inside = [n + "." for n, x in leaves if isinstance(x, nn.BatchNorm2d)]
-    leaves = [(n, x) for n, x in leaves if not n.startswith(tuple(inside))]
+    host = nn.ModuleDict({"host": module})  # so that `module` itself can be a layer to swap
+    leaves = [
+        (name, x)
+        for name, x in host.named_modules()
+        if isinstance(x, nn.BatchNorm2d) or not (isinstance(x, nn.Identity) or any(x.children()))
+    ]
     norms = [name for name, x in leaves if isinstance(x, nn.BatchNorm2d)]
+    inside = tuple(f"{name}." for name in norms)  # the activation of timm's norm-act layers
+    leaves = [(name, x) for name, x in leaves if not name.startswith(inside)]
     if not norms:
         raise ValueError(f"{type(module).__name__} has no batch norm, so there is nothing to swap")
 
@@ -88,11 +92,12 @@ def convert(module: nn.Module, scheme: Scheme) -> nn.Module:
         if isinstance(layer, nn.Conv2d) and (
             layer.bias is None or isinstance(after, nn.BatchNorm2d)
         ):
-            _replace_child(module, name, _new_conv(layer, scheme))
+            _replace_child(host, name, _new_conv(layer, scheme))
         elif isinstance(layer, nn.BatchNorm2d):
-            at_end = scheme.end_norm and name in (norms[0], norms[-1])
-            make = scheme.end_norm if at_end and scheme.end_norm else scheme.norm
-            _replace_child(module, name, _new_norm(layer, make(layer.num_features)))
+            at_end = name in (norms[0], norms[-1])
+            make = scheme.end_norm if scheme.end_norm and at_end else scheme.norm
+            _replace_child(host, name, _new_norm(layer, make(layer.num_features)))
+    module = host["host"]
     if scheme.check:
         scheme.check(module)
     return module

@@ -204,6 +204,11 @@ def test_convert_keeps_timms_activations():
     assert list(converted.state_dict()) == list(plain.state_dict())
 
 
+def test_convert_a_layer_by_itself():
+    layer = norms.convert(nn.BatchNorm2d(4), norms.build("mabn", batch_size=2))
+    assert isinstance(layer, norms.MABN2d)
+
+
 def test_convert_without_batch_norm():
     with pytest.raises(ValueError, match="Sequential has no batch norm"):
         norms.convert(nn.Sequential(nn.Conv2d(3, 4, 3)), norms.build("gn"))
