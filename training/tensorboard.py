@@ -6,13 +6,13 @@ from typing import Any
 SCALARS = {  # column of metrics.csv: tag
     "train_loss": "loss/train",
     "test_loss": "loss/test",
-    "train_top1": "top1/train",
-    "test_top1": "top1/test",
-    "test_top5": "top5/test",
-    "learning_rate": "learning_rate",
-    "images_per_second": "images_per_second",
+    "train_top1": "accuracy/train",
+    "test_top1": "accuracy/test",
+    "test_top5": "accuracy/test_top5",
+    "learning_rate": "run/learning_rate",
+    "images_per_second": "run/images_per_second",
 }
-METRICS = ("top1/test", "loss/test", "images_per_second")
+METRICS = ("accuracy/test", "loss/test", "run/images_per_second")
 
 
 class TensorBoard:
