@@ -31,7 +31,7 @@ def main(cfg: DictConfig) -> float | None:
     config.check(cfg)
     plan = protocol.plan(cfg)
     where = device.find(cfg.device)
-    source = data.find(cfg.data)
+    source = data.find(cfg.data, plan.sgd_batch, cfg.recipe.flip)
     options = {k: v for k, v in cfg.norm.items() if k != "name"}
     scheme = norms.build(cfg.norm.name, batch_size=plan.batch, **options)
     torch.manual_seed(cfg.seed)

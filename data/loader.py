@@ -17,6 +17,15 @@ from data.splits import Split
 BLOCK = 512  # images that are cut out and normalized at once, however small the batch
 
 
+def check_size(sgd_batch: int, images: int) -> None:
+    """Raise `ValueError` if so many training images do not make one SGD batch."""
+    if sgd_batch > images:
+        raise ValueError(
+            f"protocol.sgd_batch={sgd_batch} (of batch and protocol): larger than the data set; "
+            f"expected at most its {images} training images"
+        )
+
+
 class Loader:
     """`train`: SGD batches of augmented images; `test`: every test image exactly once.
 
@@ -34,11 +43,7 @@ class Loader:
         flip: bool = False,
         device: torch.device | str = "cpu",
     ):
-        if sgd_batch > len(train):
-            raise ValueError(
-                f"protocol.sgd_batch={sgd_batch} (batch size and protocol give it): larger than "
-                f"the {len(train)} training images; expected at most {len(train)}"
-            )
+        check_size(sgd_batch, len(train))
         self.seed, self.sgd_batch, self.crop, self.flip = seed, sgd_batch, crop, flip
         self.updates_per_epoch, self.left_out = divmod(len(train), sgd_batch)
         # Histograms, not sums of floats: the same to the last bit on every device.

@@ -25,6 +25,9 @@ class Source:
     num_classes: int
     channels: int
     size: int
+    train_images: int
+    mirror: bool
+    """Whether a mirrored image keeps its class."""
     read: Callable[[], tuple[Split, Split]]
 
 
@@ -40,7 +43,7 @@ def digits() -> Source:
         everything = Split(torch.from_numpy(images), torch.from_numpy(labels).long())
         return stratified(everything, 0.8, salt=0)
 
-    return Source(10, 1, 8, read)
+    return Source(10, 1, 8, 1438, False, read)
 
 
 def synthetic(
@@ -58,13 +61,13 @@ def synthetic(
 
         return make(train_images), make(test_images)
 
-    return Source(classes, channels, size, read)
+    return Source(classes, channels, size, train_images, True, read)
 
 
 def cifar(name: str, root: str | None, cache: str) -> Source:
     """CIFAR-10 or -100: from a folder-per-class tree at `root`, else torchvision's, downloaded
     into `cache` where it is not there yet."""
-    cache = str(Path(cache).expanduser())
+    cache = str(Path(str(cache)).expanduser())
     classes = {"cifar10": 10, "cifar100": 100}[name]
     if root is not None:
         source = folder(root, 32, cache, name)
@@ -93,7 +96,7 @@ def cifar(name: str, root: str | None, cache: str) -> Source:
 
         return part(True), part(False)
 
-    return Source(classes, 3, 32, read)
+    return Source(classes, 3, 32, 50_000, True, read)
 
 
 def folder(root: str | None, size: int, cache: str, name: str = "folder") -> Source:
@@ -101,7 +104,7 @@ def folder(root: str | None, size: int, cache: str, name: str = "folder") -> Sou
     side scaled to `size` and the centre cut out, kept in `cache` as one array per split."""
     if root is None:
         raise ValueError(f"data.root=null: data={name} needs the path of a folder with images")
-    path = Path(root).expanduser()
+    path = Path(str(root)).expanduser()
     test = next((path / part for part in ("test", "val") if (path / part).is_dir()), None)
     if not (path / "train").is_dir() or test is None:
         found = "does not exist" if not path.is_dir() else "is not a data set"
@@ -116,16 +119,17 @@ def folder(root: str | None, size: int, cache: str, name: str = "folder") -> Sou
         raise ValueError(
             f"data.root={root}: classes: {what}; expected at least 2, the same in both"
         )
+    parts = [(part, _list(part, classes)) for part in (path / "train", test)]
 
     def read() -> tuple[Split, Split]:
-        return tuple(
-            _read_tree(p, classes, size, Path(cache).expanduser()) for p in (path / "train", test)
-        )  # type: ignore[return-value]
+        train, held = (_read(part, f, size, Path(str(cache)).expanduser()) for part, f in parts)
+        return train, held
 
-    return Source(len(classes), 3, size, read)
+    return Source(len(classes), 3, size, len(parts[0][1]), True, read)
 
 
-def _read_tree(tree: Path, classes: list[str], size: int, cache: Path) -> Split:
+def _list(tree: Path, classes: list[str]) -> list[tuple[Path, int]]:
+    """Every image below `tree` with its class, in a fixed order."""
     files = [
         (file, label)
         for label, name in enumerate(classes)
@@ -134,6 +138,10 @@ def _read_tree(tree: Path, classes: list[str], size: int, cache: Path) -> Split:
     ]
     if not files:
         raise FileNotFoundError(f"data.root: {tree} holds no images ({', '.join(EXTENSIONS)})")
+    return files
+
+
+def _read(tree: Path, files: list[tuple[Path, int]], size: int, cache: Path) -> Split:
     # The cache is named by what it was made of: every file's path, size and time of change.
     digest = hashlib.sha256(f"{size}".encode())
     for file, label in files:
@@ -163,7 +171,10 @@ def _read_image(file: Path, size: int) -> np.ndarray:
 
     try:
         with Image.open(file) as opened:
-            image = ImageOps.exif_transpose(opened).convert("RGB")
+            image = ImageOps.exif_transpose(opened)
+            if image.mode.startswith("I"):  # 16-bit grey, which `convert` would clip
+                image = Image.fromarray((np.asarray(image) // 257).clip(0, 255).astype(np.uint8))
+            image = image.convert("RGB")
     except (OSError, SyntaxError, ValueError) as error:
         raise ValueError(f"data.root: cannot read the image {file} ({error})") from error
     if image.size != (size, size):

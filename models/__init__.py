@@ -110,7 +110,12 @@ def rehearse(model: nn.Module, shape: tuple[int, int, int, int], num_classes: in
     Runs a copy of the model on the meta device. Raises `ValueError`, also for a network that
     returns anything but logits (N, num_classes).
     """
-    logits = copy.deepcopy(model).to("meta").train()(torch.empty(shape, device="meta"))
+    try:
+        logits = copy.deepcopy(model).to("meta").train()(torch.empty(shape, device="meta"))
+    except RuntimeError as error:
+        raise ValueError(
+            f"{type(model).__name__} cannot take images of {shape[2]}x{shape[3]} ({error})"
+        ) from error
     if not isinstance(logits, Tensor) or logits.shape != (shape[0], num_classes):
         raise ValueError(
             f"{type(model).__name__} returns {getattr(logits, 'shape', type(logits).__name__)} in "

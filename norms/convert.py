@@ -52,8 +52,8 @@ def _new_norm(old: Any, new: nn.Module) -> nn.Module:
 
 
 def _new_conv(old: nn.Conv2d, scheme: Scheme) -> nn.Module:
-    if old.padding_mode != "zeros":
-        raise ValueError(f"padding_mode={old.padding_mode} of a convolution: expected zeros")
+    if old.padding_mode != "zeros" or type(old).forward is not nn.Conv2d.forward:
+        raise ValueError(f"{old}: only plain zero-padded convolutions can be swapped")
     new = scheme.conv(
         old.in_channels,
         old.out_channels,

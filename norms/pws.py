@@ -78,7 +78,8 @@ def initialize_alpha(model: nn.Module, images: Tensor) -> None:
     """Set alpha so that each outer convolution's output has variance 2, in one forward pass.
 
     One scalar for a layer (the unbiased variance over images, channels and positions), from the
-    stem onwards, so that each layer sees what its already rescaled predecessors give.
+    stem onwards, so that each layer sees what its already rescaled predecessors give. In a
+    converted network all convolutions count as outer ones.
     """
 
     def rescale(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:

@@ -18,8 +18,8 @@ class Scheme:
 
     name: str
     conv: Callable[..., nn.Module]
-    """Takes what `nn.Conv2d` takes, and `inner=True` for the second and later convolutions of a
-    residual branch; decides on its own whether it has a bias."""
+    """Takes what `nn.Conv2d` takes except `bias`, on which it decides itself, and `inner=True` for
+    the second and later convolutions of a residual branch."""
     norm: Callable[[int], nn.Module]
     """The layer after a convolution with that many output channels."""
     end_norm: Callable[[int], nn.Module] | None = None

@@ -33,7 +33,9 @@ def spread_out(values: list[float], gap: float) -> list[float]:
     return result
 
 
-def accuracy_vs_batch(table: dict[str, dict[int, Any]], caption: str, file: Path) -> None:
+def accuracy_vs_batch(
+    table: dict[str, dict[int, Any]], caption: str, label: str, file: Path
+) -> None:
     """Mean accuracy of every scheme against the batch size, with a band of one deviation."""
     import matplotlib
 
@@ -58,7 +60,7 @@ def accuracy_vs_batch(table: dict[str, dict[int, Any]], caption: str, file: Path
     axes.set_xticks(batches, [str(b) for b in batches])
     axes.minorticks_off()
     axes.set_xlabel("batch size (images that share statistics)")
-    axes.set_ylabel("accuracy (%)")
+    axes.set_ylabel(label)
     axes.grid(axis="y", alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_title("\n".join(textwrap.wrap(caption, 100)), fontsize=7, loc="left")

@@ -92,6 +92,11 @@ def groups(records: list[Record], split: list[str]) -> dict[str, list[Record]]:
         parts[", ".join(values)].append(record)
     for part in parts.values():
         first: dict[str, Record] = {}
+        once: dict[tuple[str, int, int], Record] = {}
+        for record in part:
+            same = once.setdefault((record.scheme, record.batch, record.seed), record)
+            if same is not record:
+                raise ValueError(f"{record.folder} and {same.folder} are the same run twice")
         for record in part:
             for own, key in ((True, record.scheme), (False, "")):
                 other = first.setdefault(key, record)
@@ -125,7 +130,7 @@ def tabulate(records: list[Record], metric: str) -> dict[str, dict[int, Cell]]:
             cell.unfinished += 1
         elif record.result["status"] == "diverged":
             cell.diverged += 1
-        elif metric not in record.result or record.result[metric] is None:
+        elif not isinstance(record.result.get(metric), int | float):
             raise ValueError(f"--metric {metric}: {record.folder.name} has no such number")
         else:
             cell.values.append(record.result[metric])
@@ -163,6 +168,8 @@ def caption(records: list[Record], metric: str, title: str) -> str:
         "best_top1": "top-1 accuracy (%, best epoch)",
     }
     data = each("data")
+    lengths = sorted({r["epochs"] for r in results if r["status"] == "finished"})
+    epochs = ", ".join(f"{x:g}" for x in lengths) + " epochs, " if lengths else ""
     for part in dict.fromkeys(r.config.get("data.train_fraction", 1) for r in records):
         data += f" ({100 * part:g} % of its training images)" if part < 1 else ""
     if any(r.config.get("data.holdout") for r in records):
@@ -171,7 +178,7 @@ def caption(records: list[Record], metric: str, title: str) -> str:
     sgd = "equal to the batch size" if direct else each("sgd_batch")
     return (
         f"{title}: {what.get(metric, metric)} on {data}, mean ± standard deviation "
-        f"(n seeds); {each('model')}, recipe {each('recipe')}, {each('epochs')} epochs, protocol "
+        f"(n seeds); {each('model')}, recipe {each('recipe')}, {epochs}protocol "
         f"{each('protocol')}, SGD batch {sgd}"
     )
 
@@ -254,7 +261,7 @@ def show(study: Path, metric: str, split: list[str]) -> None:
             console.print(note)
         suffix = "".join(x if x.isalnum() or x in ".-" else "_" for x in f"_{part}") if part else ""
         picture = study / f"accuracy_vs_batch{suffix}.png"
-        accuracy_vs_batch(table, line, picture)
+        accuracy_vs_batch(table, line, "accuracy (%)" if "top" in metric else metric, picture)
         text.append(f"\n![accuracy against batch size]({picture.name})\n")
         console.print(f"figure: {picture}")
     write(study / "table.md", "\n".join(text))

@@ -47,6 +47,8 @@ def explain(error: BaseException) -> str:
         missing = re.search(r"Missing mandatory value: (\S+)", f"{error} {cause}")
         if missing:
             return f"{missing[1]}=???: needs a value"
+        if "Ambiguous value" in str(error):
+            return f"{first(error)}: several values make a study, which needs -m"
         unknown = re.match(r"Could not override '([^']*)'", str(error))
         if unknown:
             key = getattr(cause, "full_key", None) or unknown[1]
@@ -54,7 +56,10 @@ def explain(error: BaseException) -> str:
             return f"{key}: no such key{near(key, keys)}; --help lists all"
         return first(error) + (f" ({first(cause)})" if cause else "")
     if isinstance(error, OSError) and error.filename:
-        return f"{error.filename}: {error.strerror}; runtime.runs names the folder of all runs"
+        return (
+            f"{error.filename}: {error.strerror}; runtime.runs and data.cache name the folders "
+            f"that are written"
+        )
     return " ".join(str(error).split()) or type(error).__name__
 
 
@@ -92,6 +97,8 @@ class Report(Callback):
             complain(error, f"{' '.join(job_return.overrides or [])}: ")
             if not is_mistake(error):
                 traceback.print_exception(error)
+            # Hydra keeps the error until the sweep ends, and its frames would keep the model.
+            error.__traceback__ = error.__cause__ = error.__context__ = None
 
     def on_run_end(self, config: Any, **kwargs: Any) -> None:
         job: JobReturn = kwargs["job_return"]

@@ -39,8 +39,9 @@ NUMBERS = {
     "recipe.weight_decay": (0.0, 1e300, " from 0"),
     "recipe.momentum": PART,
     "recipe.warmup": PART,
-    "recipe.decay": PART,
+    "recipe.lr_decay": PART,
     "recipe.label_smoothing": PART,
+    "norm.momentum": PART,
 }
 CHOICES: dict[str, tuple[str, ...]] = {
     "protocol.name": ("direct", "accumulate", "ghost"),
@@ -64,17 +65,18 @@ def flatten(config: Any, resolve: bool = False) -> dict[str, Any]:
 
 
 def identity(config: Any) -> dict[str, Any]:
-    """The keys that can change a result."""
-    return {
-        k: v
-        for k, v in flatten(config).items()
-        if k not in OUTSIDE and not k.startswith("runtime.")
-    }
+    """The keys that can change a result. Paths do not, but the name of a folder of images is the
+    name of the data set."""
+    flat = flatten(config)
+    keys = {k: v for k, v in flat.items() if k not in OUTSIDE and not k.startswith("runtime.")}
+    if flat.get("data.name") == "folder":
+        keys["data.root"] = os.path.basename(os.path.normpath(str(flat["data.root"])))
+    return keys
 
 
-def scheme_name() -> str:
-    """The option of the group `norm` that was chosen: the name of a row in the table."""
-    return dict(HydraConfig.get().runtime.choices)["norm"]
+def choices() -> dict[str, str]:
+    """The option chosen in each group."""
+    return dict(HydraConfig.get().runtime.choices)
 
 
 def defaults(cfg: DictConfig) -> DictConfig:
@@ -83,13 +85,13 @@ def defaults(cfg: DictConfig) -> DictConfig:
     An experiment is its study's default. Without one, a study that is not named is called after
     data, model and protocol, so these choices are its own.
     """
-    choices = dict(HydraConfig.get().runtime.choices)
-    chosen = ["norm"]
-    if choices["experiment"]:
-        chosen += ["experiment"]
-    elif OmegaConf.to_container(cfg)["study"].startswith("${"):  # type: ignore[index, call-overload]
-        chosen += ["data", "model", "protocol"]
-    return compose("config", [f"{group}={choices[group]}" for group in chosen])
+    chosen, named = choices(), str(OmegaConf.to_container(cfg)["study"])  # type: ignore[index, call-overload]
+    groups = ["norm"]
+    if chosen["experiment"]:
+        groups += ["experiment"]
+    elif named.startswith("${"):
+        groups += ["data", "protocol", *(["model"] if chosen["model"] == cfg.model.name else [])]
+    return compose("config", [f"{group}={chosen[group]}" for group in groups])
 
 
 def run_name(cfg: DictConfig) -> str:
@@ -99,9 +101,10 @@ def run_name(cfg: DictConfig) -> str:
     base, own = identity(defaults(cfg)), identity(cfg)
     own = {k: v for k, v in own.items() if k not in ("batch", "seed")}
     other = {k: v for k, v in own.items() if k not in base or base[k] != v}
-    name = f"{scheme_name()}-b{cfg.batch}-s{cfg.seed}"
+    name = f"{choices()['norm']}-b{cfg.batch}-s{cfg.seed}"
     if other:
-        text = json.dumps(other, sort_keys=True)
+        number = {k: float(v) for k, v in other.items() if type(v) is int}  # 1 and 1.0 are one
+        text = json.dumps(other | number, sort_keys=True)
         name += "-" + hashlib.sha256(text.encode()).hexdigest()[:6]
     return name
 
@@ -112,9 +115,13 @@ def check(cfg: DictConfig) -> None:
         raise ValueError("model.name=???: needs a value, such as model.name=resnet18")
     if cfg.recipe.epochs is None and cfg.recipe.updates is None:
         raise ValueError("recipe.epochs=null: expected a number, of epochs or recipe.updates")
-    base, own = flatten(defaults(cfg)), flatten(cfg, resolve=True)
+    groups = ("data", "model", "norm", "protocol", "recipe")
+    base = flatten(compose("config", [f"{group}={choices()[group]}" for group in groups]))
+    own = flatten(cfg, resolve=True)
     for key, value in own.items():
-        default = base.get(key)
+        if key not in base:
+            raise ValueError(f"{key}: no such key; --help lists all")
+        default = base[key]
         if value is None and (default is None or key == "recipe.epochs"):
             continue
         number = isinstance(value, int | float) and not isinstance(value, bool)
@@ -127,8 +134,8 @@ def check(cfg: DictConfig) -> None:
             low, high, bounds = NUMBERS.get(key, (-1e300, 1e300, ""))
             right, expected = number and low <= value <= high, f"a number{bounds}"
         else:
-            choices = CHOICES.get(key, (value,))
-            right, expected = value in choices, ", ".join(map(str, choices))
+            allowed = CHOICES.get(key, (value,))
+            right, expected = value is not None and value in allowed, ", ".join(map(str, allowed))
         if not right:
             typed = {None: "null", True: "true", False: "false"}
             value = typed[value] if value is None or isinstance(value, bool) else value
@@ -138,11 +145,6 @@ def check(cfg: DictConfig) -> None:
         not isinstance(m, int | float) or not 0 <= m <= 1 for m in milestones
     ):
         raise ValueError(f"recipe.milestones={milestones}: expected parts from 0 to 1: [0.5,0.75]")
-    if cfg.recipe.flip and not cfg.data.mirror:
-        raise ValueError(
-            f"recipe.flip=true: images of data={cfg.data.name} change their class when mirrored; "
-            f"expected false"
-        )
     for key in ("study", "name"):
         if cfg[key] is not None and str(cfg[key]) != os.path.basename(str(cfg[key])).strip(". "):
             raise ValueError(f"{key}={cfg[key]}: expected the name of a folder, without slashes")

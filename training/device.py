@@ -1,11 +1,13 @@
 """Where a run computes."""
 
-import os
+import gc
 from typing import Any
 
 import torch
 
 from training.run import Say
+
+CORES = torch.get_num_threads()  # PyTorch's own choice, before anything has changed it
 
 
 def find(name: str) -> torch.device:
@@ -22,14 +24,15 @@ def find(name: str) -> torch.device:
 
 def prepare(device: torch.device, threads: int | None, state: Any, say: Say) -> None:
     """Undo what an earlier run in this process left, and set the number of CPU threads: the
-    configured one, else the checkpoint's, else one for every core."""
+    configured one, else the checkpoint's, else PyTorch's own choice, one for every core."""
     before = state["threads"] if state else None
-    torch.set_num_threads(threads or before or len(os.sched_getaffinity(0)))
+    torch.set_num_threads(threads or before or CORES)
     if before and before != torch.get_num_threads() and device.type == "cpu":
         say(
             f"runtime.threads={threads}: the checkpoint was made with {before}, so the last bits "
             f"will differ from those of an uninterrupted run"
         )
     if device.type == "cuda":
+        gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)

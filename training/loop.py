@@ -54,7 +54,7 @@ class Meter:
         self.now.update += 1
 
     def look(self) -> float:
-        """Fetch what is pending, the loop's only synchronization; returns the last loss."""
+        """Fetch what is pending, for which the device must have finished; returns the last loss."""
         now = self.now
         losses, corrects = (torch.stack(x).tolist() for x in zip(*self.pending, strict=True))
         for update, loss in enumerate(losses, now.update - len(losses) + 1):
@@ -98,6 +98,7 @@ def train(
     optimizer = sgd(model, recipe, plan.lr)
     now = restore(state, model, optimizer) if state else Progress()
     meter = Meter(now)
+    run.write_metrics(now.rows)
 
     def step(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """One optimizer step: the mean loss of the SGD batch, and how many answers are right."""
@@ -148,6 +149,9 @@ def train(
             if (epoch + 1) % recipe.eval_every == 0 or now.update == updates:
                 with autocast:
                     row |= evaluate(model, loader.test(runtime.eval_batch))
+                if not math.isfinite(row["test_loss"]):
+                    now.diverged_at = now.update
+                    break
             meter.lap()
             now.rows.append(row | {"seconds": now.wall_seconds})
             now.loss, now.correct, now.epoch_seconds = 0.0, 0, 0.0
@@ -155,6 +159,9 @@ def train(
             tensorboard.epoch(row)
             board.epoch(row, epochs)
             run.save(snapshot(model, optimizer, now))
+    if now.diverged:
+        now.update = now.diverged_at or 0  # however late somebody looked
+        run.save(snapshot(model, optimizer, now))
     return now
 
 
@@ -175,12 +182,13 @@ def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> dict
 
 def snapshot(model: nn.Module, optimizer: torch.optim.Optimizer, now: Progress) -> dict[str, Any]:
     """A checkpoint. The generators' states are for a model's own randomness, such as dropout."""
-    cuda = next(model.parameters()).device.type == "cuda"
+    device = next(model.parameters()).device
+    cuda = [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
     return {
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),
         "progress": asdict(now),
-        "rng": [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if cuda else [])],
+        "rng": [torch.get_rng_state(), *cuda],
         "threads": torch.get_num_threads(),
     }
 
@@ -190,6 +198,7 @@ def restore(state: Any, model: nn.Module, optimizer: torch.optim.Optimizer) -> P
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     torch.set_rng_state(state["rng"][0])
-    if len(state["rng"]) > 1 and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["rng"][1])
+    device = next(model.parameters()).device
+    if device.type == "cuda" and len(state["rng"]) > 1:
+        torch.cuda.set_rng_state(state["rng"][1], device)
     return Progress(**state["progress"])

@@ -12,7 +12,7 @@ WEIGHTS = (nn.modules.conv._ConvNd, nn.Linear, nn.Embedding)
 def parameter_groups(model: nn.Module, recipe: Any) -> list[dict[str, Any]]:
     """Parameters with and without weight decay, by the type of their module.
 
-    Without: those that a layer names in `no_weight_decay`; and, unless `recipe.decay_norms`,
+    Without: those that a layer names in `no_weight_decay`; and, unless `recipe.weight_decay_norms`,
     whatever is not the weight of a convolution, a linear layer or an embedding.
     """
     decayed: list[nn.Parameter] = []
@@ -21,7 +21,7 @@ def parameter_groups(model: nn.Module, recipe: Any) -> list[dict[str, Any]]:
         for name, parameter in module.named_parameters(recurse=False):
             exempt = name in getattr(module, "no_weight_decay", ())
             is_weight = isinstance(module, WEIGHTS) and name == "weight"
-            keep = not exempt and (recipe.decay_norms or is_weight)
+            keep = not exempt and (recipe.weight_decay_norms or is_weight)
             (decayed if keep else plain).append(parameter)
     groups = [
         {"params": decayed, "weight_decay": recipe.weight_decay},
@@ -46,6 +46,8 @@ def learning_rate(update: int, updates: int, peak: float, recipe: Any) -> float:
     if update < warmup:
         return peak * (update + 1) / (warmup + 1)
     if recipe.schedule == "step":
-        return peak * recipe.decay ** sum(update >= round(m * updates) for m in recipe.milestones)
+        return peak * recipe.lr_decay ** sum(
+            update >= round(m * updates) for m in recipe.milestones
+        )
     done = (update - warmup) / max(1, updates - warmup)
     return peak * (1 - done if recipe.schedule == "linear" else (1 + math.cos(math.pi * done)) / 2)

@@ -22,6 +22,11 @@ class Plan:
 def plan(cfg: DictConfig, devices: int = 1) -> Plan:
     """The protocol's two numbers and the learning rate, or `ValueError` where they do not fit."""
     batch, recipe = cfg.batch, cfg.recipe
+    if cfg.protocol.name == "direct" and cfg.protocol.sgd_batch:
+        raise ValueError(
+            f"protocol.sgd_batch={cfg.protocol.sgd_batch}: with protocol=direct every batch is a "
+            f"step; expected null, or protocol=ghost or accumulate"
+        )
     sgd_batch = cfg.protocol.sgd_batch or batch * devices
     forward = cfg.protocol.forward
     if sgd_batch % (batch * devices):

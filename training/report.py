@@ -8,7 +8,7 @@ import torch
 from omegaconf import DictConfig
 from torch import nn
 
-from training.config import scheme_name
+from training.config import choices
 from training.loop import Progress
 from training.protocol import Plan
 
@@ -32,7 +32,8 @@ def describe(
     how = f"{passes} forward passes of {plan.forward} images" if passes > 1 else "one forward pass"
     if groups > 1:
         how += f", {groups} groups of {plan.batch} in each"
-    length = f"{recipe.updates} updates" if recipe.updates else f"{recipe.epochs} epochs"
+    length = f"{recipe.updates} updates" if recipe.updates else f"{recipe.epochs} epochs of"
+    length += f", an epoch has {per_epoch}" if recipe.updates else f" {per_epoch} updates"
     left = f", leaving out {loader.left_out} images" if loader.left_out else ""
     on = f"{torch.get_num_threads()} threads" if device.type == "cpu" else ""
     if device.type == "cuda":
@@ -41,7 +42,7 @@ def describe(
         f"  batch size {plan.batch} (images that share statistics), SGD batch {plan.sgd_batch} "
         f"({cfg.protocol.name}: {how})\n"
         f"  learning rate {plan.lr:g} = {recipe.lr:g} x {plan.sgd_batch} / {recipe.lr_batch}, "
-        f"{recipe.schedule}; {length} of {per_epoch} updates{left}\n"
+        f"{recipe.schedule}; {length}{left}\n"
         f"  {model_name(cfg)} with {parameters(model):,} parameters on {cfg.data.name}: "
         f"{len(loader.labels):,} training, {len(loader.test_labels):,} test images; "
         f"{device.type}{', ' if on else ''}{on}"
@@ -51,7 +52,7 @@ def describe(
 def hyperparameters(cfg: DictConfig, plan: Plan) -> dict[str, Any]:
     """The same keys in every run, none of them empty: TensorBoard drops a column otherwise."""
     return {
-        "norm": scheme_name(),
+        "norm": choices()["norm"],
         "batch_size": plan.batch,
         "sgd_batch": plan.sgd_batch,
         "protocol": cfg.protocol.name,
@@ -100,16 +101,8 @@ def result(
         "best_top1": max(r["test_top1"] for r in rows) if last else None,
         "test_loss": last.get("test_loss"),
         "study": cfg.study,
-        "norm": scheme_name(),
-        "batch_size": plan.batch,
-        "sgd_batch": plan.sgd_batch,
+        **hyperparameters(cfg, plan),
         "forward": plan.forward,
-        "protocol": cfg.protocol.name,
-        "model": model_name(cfg),
-        "data": cfg.data.name,
-        "recipe": cfg.recipe.name,
-        "seed": cfg.seed,
-        "learning_rate": plan.lr,
         "epochs": now.update / len(loader),
         "updates": now.update,
         "parameters": parameters(model),

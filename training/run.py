@@ -28,6 +28,10 @@ from training.config import identity, run_name
 from training.files import write
 
 Say = Callable[[str], None]
+COLUMNS = (  # of metrics.csv; accuracies in %
+    *("epoch", "update", "learning_rate", "train_loss", "train_top1"),
+    *("test_loss", "test_top1", "test_top5", "images_per_second", "seconds"),
+)
 
 
 def plain(value: Any) -> Any:
@@ -43,7 +47,7 @@ class Run:
     def __init__(self, cfg: DictConfig, say: Say):
         """Raises `ValueError` if another process trains it or it holds another configuration, and
         `OSError` if it cannot be written."""
-        self.folder = Path(cfg.runtime.runs) / cfg.study / run_name(cfg)
+        self.folder = Path(str(cfg.runtime.runs)) / str(cfg.study) / run_name(cfg)
         self.say = say
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -114,7 +118,7 @@ class Run:
     def write_metrics(self, rows: list[dict[str, Any]]) -> None:
         """All rows since the first epoch, so that a resumed run has neither gaps nor doubles."""
         text = io.StringIO()
-        writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+        writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
         write(self.folder / "metrics.csv", text.getvalue())
@@ -130,11 +134,12 @@ class Run:
 
     def load(self) -> dict[str, Any] | None:
         """The newest checkpoint that can be read; says so where that is not the last one."""
-        for file in (self.folder / "last.pt", self.folder / "previous.pt"):
-            if not file.exists():
-                continue
+        files = [self.folder / name for name in ("last.pt", "previous.pt")]
+        files = [file for file in files if file.exists()]
+        for i, file in enumerate(files, 1):
             try:
                 return torch.load(file, map_location="cpu", weights_only=True)
             except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile):
-                self.say(f"{file}: damaged; going on from the checkpoint before it")
+                instead = f"going on from {files[i]}" if i < len(files) else "starting again"
+                self.say(f"{file}: damaged; {instead}")
         return None

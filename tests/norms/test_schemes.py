@@ -70,10 +70,8 @@ def test_batch_free_says_the_truth(name):
         assert torch.allclose(together, single, atol=1e-5)
     other = torch.cat([x[:1], torch.randn(3, 2, 8, 8)])
     same = torch.allclose(small(name, 2)(other)[0], together[0], atol=1e-5)
-    assert (
-        same == scheme.batch_free or name == "mabn"
-    )  # MABN's first step: all groups by themselves
-    assert torch.allclose(together, alone, atol=1e-4) or not scheme.batch_free
+    assert same == scheme.batch_free
+    assert torch.allclose(together, alone, atol=1e-4)  # the first groups meet no history yet
 
 
 @pytest.mark.parametrize("name", ALL)
