@@ -221,7 +221,8 @@ def show(study: Path, metric: str, split: list[str]) -> None:
 
     from scripts.figure import accuracy_vs_batch
 
-    console = Console(highlight=False, soft_wrap=True)
+    width = None if sys.stdout.isatty() else 160  # a file or a pipe has no width of its own
+    console = Console(highlight=False, soft_wrap=True, width=width)
     records = read(study)
     text = []
     rows = io.StringIO()
