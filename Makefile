@@ -28,7 +28,7 @@ quickstart: setup
 	@echo "  $(BIN)/python train.py -m experiment=cifar10_small  where small batches really hurt"
 
 test: setup
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: setup
 	$(BIN)/ruff format --check .
