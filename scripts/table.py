@@ -9,7 +9,6 @@ into the study's folder.
 import argparse
 import csv
 import io
-import json
 import statistics
 import sys
 from collections import defaultdict
@@ -20,6 +19,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from training.config import identity
+from training.files import read as load
 from training.files import write
 
 AXES = ("batch", "seed")  # with norm.*: what may differ within a table
@@ -61,18 +61,14 @@ class Record:
 
 def read(study: Path) -> list[Record]:
     """All runs of a study. Raises `ValueError` if there are none."""
-    from omegaconf import OmegaConf
-
     records = []
     for file in sorted(study.glob("*/.hydra/config.yaml")):
         folder = file.parent.parent
-        config = identity(OmegaConf.load(file))
-        choices = OmegaConf.load(file.with_name("hydra.yaml")).hydra.runtime.choices
+        config = identity(load(file))
+        scheme = load(file.with_name("hydra.yaml"))["hydra"]["runtime"]["choices"]["norm"]
         done = folder / "result.json"
-        result = json.loads(done.read_text()) if done.exists() else None
-        records.append(
-            Record(folder, choices.norm, config["batch"], config["seed"], config, result)
-        )
+        result = load(done) if done.exists() else None
+        records.append(Record(folder, scheme, config["batch"], config["seed"], config, result))
     if not records:
         raise ValueError(f"{study}: no runs in it; expected a folder such as runs/quickstart")
     return records

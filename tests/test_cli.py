@@ -521,6 +521,17 @@ def test_a_truncated_checkpoint(train, tmp_path):
     assert metrics(whole) == metrics(damaged)
 
 
+@pytest.mark.parametrize("file", ["result.json", ".hydra/config.yaml"])
+@pytest.mark.parametrize("content", ["", "{", "[1]"])
+def test_damaged_files_are_named(train, file, content):
+    folder = train().run()
+    (folder / file).write_text(content)
+    made = train()
+    assert made.status == 1
+    assert one_line(made.err, f"{folder / file}: cannot be read", "overwrite=true")
+    assert train("overwrite=true").status == 0
+
+
 def test_a_run_stopped_before_its_result_is_not_trained_again(train):
     folder = train().run()
     (folder / "result.json").unlink()

@@ -1,7 +1,9 @@
 """Files that are whole or not there."""
 
+import json
 import os
 from pathlib import Path
+from typing import Any
 
 
 def write(path: Path, content: str | bytes) -> None:
@@ -13,3 +15,22 @@ def write(path: Path, content: str | bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A JSON or YAML file of a run. Raises `ValueError` with its name if it is damaged."""
+    from omegaconf import OmegaConf
+
+    try:
+        if path.suffix == ".json":
+            content = json.loads(path.read_text())
+        else:
+            content = OmegaConf.to_container(OmegaConf.load(path))
+    except Exception as error:  # of three libraries, for whatever stands in the file
+        problem = " ".join(str(error).split())
+        raise ValueError(
+            f"{path}: cannot be read ({problem}); overwrite=true starts again"
+        ) from error
+    if not isinstance(content, dict) or not content:
+        raise ValueError(f"{path}: cannot be read (no keys in it); overwrite=true starts again")
+    return content

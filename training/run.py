@@ -25,7 +25,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from training.config import identity, run_name
-from training.files import write
+from training.files import read, write
 
 Say = Callable[[str], None]
 COLUMNS = (  # of metrics.csv; accuracies in %
@@ -94,7 +94,7 @@ class Run:
             write(file.with_name("overrides.yaml"), OmegaConf.to_yaml(hydra_config.overrides.task))
             write(file, OmegaConf.to_yaml(cfg))
             return
-        there, ours = identity(OmegaConf.load(file)), identity(cfg)
+        there, ours = identity(read(file)), identity(cfg)
         absent = object()
         differ = [
             f"{key} is {there.get(key, 'absent')} there and {ours.get(key, 'absent')} here"
@@ -110,7 +110,7 @@ class Run:
     @property
     def result(self) -> dict[str, Any] | None:
         file = self.folder / "result.json"
-        return json.loads(file.read_text()) if file.exists() else None
+        return read(file) if file.exists() else None
 
     def finish(self, result: dict[str, Any]) -> None:
         write(self.folder / "result.json", json.dumps(plain(result), indent=2) + "\n")
