@@ -6,6 +6,7 @@ classes and the shape of an image at once, and reads the images only when asked.
 
 import hashlib
 import os
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -134,7 +135,7 @@ def _list(tree: Path, classes: list[str]) -> list[tuple[Path, int]]:
         (file, label)
         for label, name in enumerate(classes)
         for file in sorted((tree / name).rglob("*"))
-        if file.suffix.lower() in EXTENSIONS
+        if file.suffix.lower() in EXTENSIONS and (file.is_file() or file.is_symlink())
     ]
     if not files:
         raise FileNotFoundError(f"data.root: {tree} holds no images ({', '.join(EXTENSIONS)})")
@@ -148,9 +149,11 @@ def _read(tree: Path, files: list[tuple[Path, int]], size: int, cache: Path) -> 
         stat = file.stat()
         digest.update(f"{file.resolve()}|{label}|{stat.st_size}|{stat.st_mtime_ns}\n".encode())
     saved = cache / f"{tree.parent.name}-{tree.name}-{digest.hexdigest()[:16]}.npz"
-    if saved.exists():
+    try:
         with np.load(saved) as arrays:
             return Split(torch.from_numpy(arrays["images"]), torch.from_numpy(arrays["labels"]))
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        pass  # not there, or damaged: made anew
 
     from rich.progress import track
 

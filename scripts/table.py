@@ -64,10 +64,10 @@ def read(study: Path) -> list[Record]:
     records = []
     for file in sorted(study.glob("*/.hydra/config.yaml")):
         folder = file.parent.parent
-        config = identity(load(file))
-        scheme = load(file.with_name("hydra.yaml"))["hydra"]["runtime"]["choices"]["norm"]
+        config = identity(load(file, "batch", "seed"))
+        scheme = load(file.with_name("hydra.yaml"), "hydra")["hydra"]["runtime"]["choices"]["norm"]
         done = folder / "result.json"
-        result = load(done) if done.exists() else None
+        result = load(done, "status", "batch_free", "sgd_batch") if done.exists() else None
         records.append(Record(folder, scheme, config["batch"], config["seed"], config, result))
     if not records:
         raise ValueError(f"{study}: no runs in it; expected a folder such as runs/quickstart")
@@ -126,7 +126,7 @@ def tabulate(records: list[Record], metric: str) -> dict[str, dict[int, Cell]]:
             cell.unfinished += 1
         elif record.result["status"] == "diverged":
             cell.diverged += 1
-        elif not isinstance(record.result.get(metric), int | float):
+        elif type(record.result.get(metric)) not in (int, float):
             raise ValueError(f"--metric {metric}: {record.folder.name} has no such number")
         else:
             cell.values.append(record.result[metric])

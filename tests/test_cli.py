@@ -330,7 +330,10 @@ MISTAKES = [
     (["+recipe.momentm=1"], 1, ["recipe.momentm: no such key"]),
     (["batch=1,2"], 2, ["batch=1,2", "several values make a study, which needs -m"]),
     (["protocol.sgd_batch=64"], 1, ["protocol.sgd_batch=64: with protocol=direct"]),
-    (["study=null"], 1, ["study=null: expected"]),
+    (["study=null"], 1, ["study=null: expected a text"]),
+    (["~data"], 1, ["data=null: a run needs one"]),
+    (["~recipe.momentum"], 1, ["recipe.momentum: removed"]),
+    (["seed=99999999999999999999999"], 1, ["seed=99999999999999999999999: expected"]),
     (["data=folder", "data.root=123"], 1, ["data.root=123: does not exist"]),
     (["norm.momentum=7"], 1, ["norm.momentum=7: expected a number from 0 to 1"]),
     (
@@ -522,7 +525,7 @@ def test_a_truncated_checkpoint(train, tmp_path):
 
 
 @pytest.mark.parametrize("file", ["result.json", ".hydra/config.yaml"])
-@pytest.mark.parametrize("content", ["", "{", "[1]"])
+@pytest.mark.parametrize("content", ["", "{", "[1]", "{}"])
 def test_damaged_files_are_named(train, file, content):
     folder = train().run()
     (folder / file).write_text(content)

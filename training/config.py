@@ -111,13 +111,18 @@ def run_name(cfg: DictConfig) -> str:
 
 def check(cfg: DictConfig) -> None:
     """Raise `ValueError`, in one line, for a value that no run can have."""
+    groups = ("data", "model", "norm", "protocol", "recipe")
+    for group in groups:
+        if not choices().get(group):
+            raise ValueError(f"{group}=null: a run needs one; --help lists the options")
     if OmegaConf.is_missing(cfg.model, "name"):
         raise ValueError("model.name=???: needs a value, such as model.name=resnet18")
     if cfg.recipe.epochs is None and cfg.recipe.updates is None:
         raise ValueError("recipe.epochs=null: expected a number, of epochs or recipe.updates")
-    groups = ("data", "model", "norm", "protocol", "recipe")
     base = flatten(compose("config", [f"{group}={choices()[group]}" for group in groups]))
     own = flatten(cfg, resolve=True)
+    for key in base.keys() - own.keys():
+        raise ValueError(f"{key}: removed; a run needs it")
     for key, value in own.items():
         if key not in base:
             raise ValueError(f"{key}: no such key; --help lists all")
@@ -126,7 +131,7 @@ def check(cfg: DictConfig) -> None:
             continue
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if key in COUNTS:
-            right = number and isinstance(value, int) and value >= COUNTS[key]
+            right = number and isinstance(value, int) and COUNTS[key] <= value < 2**53
             expected = f"a whole number from {COUNTS[key]}"
         elif isinstance(default, bool):
             right, expected = isinstance(value, bool), "true or false"
@@ -135,7 +140,8 @@ def check(cfg: DictConfig) -> None:
             right, expected = number and low <= value <= high, f"a number{bounds}"
         else:
             allowed = CHOICES.get(key, (value,))
-            right, expected = value is not None and value in allowed, ", ".join(map(str, allowed))
+            right = value is not None and value in allowed
+            expected = ", ".join(map(str, allowed)) if key in CHOICES else "a text"
         if not right:
             typed = {None: "null", True: "true", False: "false"}
             value = typed[value] if value is None or isinstance(value, bool) else value

@@ -17,8 +17,9 @@ def write(path: Path, content: str | bytes) -> None:
     os.replace(temporary, path)
 
 
-def read(path: Path) -> dict[str, Any]:
-    """A JSON or YAML file of a run. Raises `ValueError` with its name if it is damaged."""
+def read(path: Path, *keys: str) -> dict[str, Any]:
+    """A JSON or YAML file of a run. Raises `ValueError` with its name if it is damaged or lacks
+    one of `keys`."""
     from omegaconf import OmegaConf
 
     try:
@@ -31,6 +32,9 @@ def read(path: Path) -> dict[str, Any]:
         raise ValueError(
             f"{path}: cannot be read ({problem}); overwrite=true starts again"
         ) from error
-    if not isinstance(content, dict) or not content:
-        raise ValueError(f"{path}: cannot be read (no keys in it); overwrite=true starts again")
+    lost = [key for key in keys if not isinstance(content, dict) or key not in content]
+    if lost:
+        raise ValueError(
+            f"{path}: cannot be read (no {lost[0]} in it); overwrite=true starts again"
+        )
     return content

@@ -94,7 +94,7 @@ class Run:
             write(file.with_name("overrides.yaml"), OmegaConf.to_yaml(hydra_config.overrides.task))
             write(file, OmegaConf.to_yaml(cfg))
             return
-        there, ours = identity(read(file)), identity(cfg)
+        there, ours = identity(read(file, "batch", "seed")), identity(cfg)
         absent = object()
         differ = [
             f"{key} is {there.get(key, 'absent')} there and {ours.get(key, 'absent')} here"
@@ -110,7 +110,7 @@ class Run:
     @property
     def result(self) -> dict[str, Any] | None:
         file = self.folder / "result.json"
-        return read(file) if file.exists() else None
+        return read(file, "status", "top1") if file.exists() else None
 
     def finish(self, result: dict[str, Any]) -> None:
         write(self.folder / "result.json", json.dumps(plain(result), indent=2) + "\n")
@@ -138,8 +138,18 @@ class Run:
         files = [file for file in files if file.exists()]
         for i, file in enumerate(files, 1):
             try:
-                return torch.load(file, map_location="cpu", weights_only=True)
-            except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile):
+                state = torch.load(file, map_location="cpu", weights_only=True)
+                if set(state) >= {"model", "optimizer", "progress", "rng", "threads"}:
+                    return state
+                raise EOFError
+            except (
+                OSError,
+                TypeError,
+                RuntimeError,
+                EOFError,
+                pickle.UnpicklingError,
+                zipfile.BadZipFile,
+            ):
                 instead = f"going on from {files[i]}" if i < len(files) else "starting again"
                 self.say(f"{file}: damaged; {instead}")
         return None

@@ -177,7 +177,11 @@ def test_folder_is_cached_and_the_cache_notices_changes(tree, tmp_path, monkeypa
     with monkeypatch.context() as patch:
         patch.setattr(data.sources, "_read_image", None)
         assert torch.equal(source.read()[0].images, before.images)
+    for file in (tmp_path / "cache").iterdir():
+        file.write_bytes(b"damaged")
+    assert torch.equal(source.read()[0].images, before.images)
     Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tree / "train" / "cat" / "0.png")
+    source = folder(str(tree), 8, str(tmp_path / "cache"))
     assert source.read()[0].images[0].sum() == 0
 
 
