@@ -22,7 +22,7 @@ def main(cfg: DictConfig) -> float | None:
     import data
     import models
     import norms
-    from training import config, device, loop, protocol, report
+    from training import config, device, loop, probes, protocol, report
     from training.progress import say
     from training.run import Run
     from training.tensorboard import TensorBoard
@@ -33,11 +33,14 @@ def main(cfg: DictConfig) -> float | None:
     where = device.find(cfg.device)
     source = data.find(cfg.data, plan.sgd_batch, cfg.recipe.flip)
     options = {k: v for k, v in cfg.norm.items() if k != "name"}
-    scheme = norms.build(cfg.norm.name, batch_size=plan.batch, **options)
+    sizes = dict(batch_size=plan.batch, sgd_batch_size=plan.sgd_batch)
+    scheme = norms.build(cfg.norm.name, **sizes, **options)
+    config.check_precision(cfg, scheme.loss_scaling)
     torch.manual_seed(cfg.seed)
     model = models.build(
         **cfg.model, scheme=scheme, num_classes=source.num_classes, in_channels=source.channels
     )
+    probe = probes.build(**cfg.probe, model=model, batch=plan.batch)
     shape = (plan.forward, source.channels, source.size, source.size)
     models.rehearse(model, shape, source.num_classes)
 
@@ -68,9 +71,9 @@ def main(cfg: DictConfig) -> float | None:
         hyperparameters = report.hyperparameters(cfg, plan)
         with closing(TensorBoard(run.folder, done, hyperparameters)) as tensorboard:
             progress = loop.train(
-                model, loader, plan, cfg.recipe, cfg.runtime, run, tensorboard, state
+                model, loader, plan, cfg.recipe, cfg.runtime, run, tensorboard, state, probe
             )
-        result = report.result(cfg, plan, model, loader, scheme.batch_free, progress)
+        result = report.result(cfg, plan, source, model, loader, scheme.batch_free, progress)
         run.finish(result)
         say(report.closing(result))
         return result["top1"]

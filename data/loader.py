@@ -30,7 +30,8 @@ class Loader:
     """`train`: SGD batches of augmented images; `test`: every test image exactly once.
 
     `crop`: pixels of zero padding from which a window of the original size is cut; `flip`: mirror
-    half of the images. Pixels are normalized by the training images' mean and deviation.
+    half of the images. Pixels are normalized by the training images' `mean` and `std`, which are in
+    units of 0 to 1, one for each channel.
     """
 
     def __init__(
@@ -53,7 +54,9 @@ class Loader:
             weights = np.bincount(channel.ravel(), minlength=256)
             mean = np.average(values, weights=weights)
             stats.append((mean, np.average((values - mean) ** 2, weights=weights) ** 0.5 or 1.0))
-        mean, std = torch.tensor(stats, dtype=torch.float32, device=device).T[:, :, None, None]
+        self.mean, self.std = [float(m) for m, _ in stats], [float(s) for _, s in stats]
+        constants = torch.tensor([self.mean, self.std], dtype=torch.float32, device=device)
+        mean, std = constants[:, :, None, None]
         self.scale, self.shift = 1 / (255 * std), -mean / std
         self.size = train.images.shape[-1]
         # Zeros around the images once, so that a crop is a single gather from them.

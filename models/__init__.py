@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import norms
-from models.resnet import BasicBlock, Bottleneck, ResNet
+from models.resnet import ORDERS, BasicBlock, Bottleneck, ResNet
 from norms import Scheme
 
 # The CIFAR networks of He et al.: 6n + 2 layers in three stages, shortcuts without parameters.
@@ -73,13 +73,13 @@ def build(
 ) -> nn.Module:
     """The network `name` with the layers of `scheme`: (N, in_channels, H, W) -> (N, num_classes).
 
-    `block`: the order in a residual block, "post" or "pws"; "auto": as the scheme's paper.
+    `block`: the order in a residual block, one of `ORDERS`; "auto": as the scheme's paper.
     `zero_init`: whether the last norm of each branch starts at zero; "auto" likewise.
     `library`: "timm" or "torchvision", whose network is then converted and keeps its own order and
     start. Raises `ValueError` for anything unknown.
     """
-    if block not in ("auto", "post", "pws"):
-        raise ValueError(f"model.block={block}: expected auto, post or pws")
+    if block not in ("auto", *ORDERS):
+        raise ValueError(f"model.block={block}: expected auto, {', '.join(ORDERS)}")
     if zero_init not in ("auto", True, False):
         raise ValueError(f"model.zero_init={zero_init}: expected auto, true or false")
     if library:

@@ -1,10 +1,11 @@
 """Residual networks (He et al., arXiv 1512.03385), written once against a scheme.
 
-Two orders of a block:
+Orders of a block:
 
-    post   relu(norm(conv(...)) + shortcut(x))                        the original
-    pws    norm(conv(... relu(x))) + x, or + shortcut(relu(x)) where that convolves
-           (arXiv 2103.11590: the identity skips the ReLU and keeps a mean near zero)
+    post     relu(norm(conv(...)) + shortcut(x))                        the original
+    pws      norm(conv(... relu(x))) + x, or + shortcut(relu(x)) where that convolves
+             (arXiv 2103.11590: the identity skips the ReLU and keeps a mean near zero)
+    pws_tf   the same with relu(x / sqrt(2)), of the paper's TensorFlow code
 
 Convolutions and norms have the same names under every scheme, so state dicts can be compared.
 """
@@ -15,6 +16,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from norms import Scheme
+
+
+def scaled_relu(x: Tensor) -> Tensor:
+    return F.relu(x * 2**-0.5)
+
+
+def unchanged(x: Tensor) -> Tensor:
+    return x
+
+
+# What stands before a block's branch, and before the pooling; None: the ReLU stands behind a block.
+ORDERS: dict[str, Callable[[Tensor], Tensor] | None] = {
+    "post": None,
+    "pws": F.relu,
+    "pws_tf": scaled_relu,
+}
 
 
 class PadShortcut(nn.Module):
@@ -34,9 +51,10 @@ class Block(nn.Module):
     expansion = 1
     last_norm = "norm2"
 
-    def __init__(self, cin: int, cout: int, stride: int, pre: bool, pad: bool, scheme: Scheme):
+    def __init__(self, cin: int, cout: int, stride: int, order: str, pad: bool, scheme: Scheme):
         super().__init__()
-        self.pre = pre
+        self.pre = ORDERS[order]
+        self.act = unchanged if scheme.norm_act else F.relu  # behind the norms inside a branch
         self.downsample: nn.Module | None = None
         if stride > 1 or cin != cout:
             if pad:
@@ -51,7 +69,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         shortcut = x
         if self.pre:
-            x = F.relu(x)
+            x = self.pre(x)
         if self.downsample is not None:
             convolves = not isinstance(self.downsample, PadShortcut)
             shortcut = self.downsample(x if convolves else shortcut)
@@ -62,15 +80,15 @@ class Block(nn.Module):
 class BasicBlock(Block):
     """Two 3x3 convolutions."""
 
-    def __init__(self, cin: int, width: int, stride: int, scheme: Scheme, pre: bool, pad: bool):
-        super().__init__(cin, width, stride, pre, pad, scheme)
+    def __init__(self, cin: int, width: int, stride: int, scheme: Scheme, order: str, pad: bool):
+        super().__init__(cin, width, stride, order, pad, scheme)
         self.conv1 = scheme.conv(cin, width, 3, stride=stride, padding=1)
-        self.norm1 = scheme.norm(width)
+        self.norm1 = (scheme.norm_act or scheme.norm)(width)
         self.conv2 = scheme.conv(width, width, 3, padding=1, inner=True)
         self.norm2 = scheme.norm(width)
 
     def branch(self, x: Tensor) -> Tensor:
-        return self.norm2(self.conv2(F.relu(self.norm1(self.conv1(x)))))
+        return self.norm2(self.conv2(self.act(self.norm1(self.conv1(x)))))
 
 
 class Bottleneck(Block):
@@ -85,25 +103,25 @@ class Bottleneck(Block):
         width: int,
         stride: int,
         scheme: Scheme,
-        pre: bool,
+        order: str,
         pad: bool,
         groups: int = 1,
         group_width: int = 64,
     ):
-        super().__init__(cin, 4 * width, stride, pre, pad, scheme)
+        super().__init__(cin, 4 * width, stride, order, pad, scheme)
         inside = width * group_width // 64 * groups  # ResNeXt: `groups` paths of `group_width`
         self.conv1 = scheme.conv(cin, inside, 1)
-        self.norm1 = scheme.norm(inside)
+        self.norm1 = (scheme.norm_act or scheme.norm)(inside)
         self.conv2 = scheme.conv(
             inside, inside, 3, stride=stride, padding=1, groups=groups, inner=True
         )
-        self.norm2 = scheme.norm(inside)
+        self.norm2 = (scheme.norm_act or scheme.norm)(inside)
         self.conv3 = scheme.conv(inside, 4 * width, 1, inner=True)
         self.norm3 = scheme.norm(4 * width)
 
     def branch(self, x: Tensor) -> Tensor:
-        x = F.relu(self.norm1(self.conv1(x)))
-        x = F.relu(self.norm2(self.conv2(x)))
+        x = self.act(self.norm1(self.conv1(x)))
+        x = self.act(self.norm2(self.conv2(x)))
         return self.norm3(self.conv3(x))
 
 
@@ -128,19 +146,21 @@ class ResNet(nn.Module):
         zero_init: bool,
     ):
         super().__init__()
-        self.pre = block == "pws"
+        self.pre = ORDERS[block]
         end_norm = scheme.end_norm or scheme.norm
         large = stem == "imagenet"
         size, stride, padding = (7, 2, 3) if large else (3, 1, 1)
         channels = widths[0]
         self.conv1 = scheme.conv(in_channels, channels, size, stride=stride, padding=padding)
-        self.norm1 = end_norm(channels)
+        own_act = scheme.norm_act if not (self.pre or scheme.end_norm) else None
+        self.norm1 = (own_act or end_norm)(channels)
+        self.act = unchanged if own_act or self.pre else F.relu
         self.pool = nn.MaxPool2d(3, 2, 1) if large else nn.Identity()
         for i, (width, depth) in enumerate(zip(widths, depths, strict=True), 1):
             blocks = []
             for j in range(depth):
                 stride = 2 if i > 1 and j == 0 else 1
-                blocks.append(make_block(channels, width, stride, scheme, self.pre, pad))
+                blocks.append(make_block(channels, width, stride, scheme, block, pad))
                 channels = width * blocks[-1].expansion
             self.add_module(f"layer{i}", nn.Sequential(*blocks))
         self.norm = scheme.end_norm(channels) if scheme.end_norm else nn.Identity()
@@ -152,17 +172,17 @@ class ResNet(nn.Module):
             self.zero_last_norms()
 
     def zero_last_norms(self) -> None:
-        """Every residual branch starts at zero (arXiv 1706.02677); a branch without norm stays."""
+        """Every residual branch starts at zero (arXiv 1706.02677), where its norm has a gain."""
         for block in self.modules():
             if isinstance(block, Block):
                 last = getattr(block, block.last_norm)
-                if getattr(last, "weight", None) is not None:
-                    nn.init.zeros_(last.weight)
+                weight = getattr(last, "weight", None)
+                if weight is not None and weight.requires_grad:
+                    nn.init.zeros_(weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.norm1(self.conv1(x))
-        x = self.pool(x if self.pre else F.relu(x))
+        x = self.pool(self.act(self.norm1(self.conv1(x))))
         for stage in self.stages:
             x = getattr(self, stage)(x)
-        x = F.relu(self.norm(x))  # changes nothing after a `post` block under most schemes
+        x = (self.pre or F.relu)(self.norm(x))  # a `post` block has had its ReLU
         return self.fc(x.mean((2, 3)))

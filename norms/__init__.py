@@ -1,8 +1,9 @@
-"""Normalization methods, one file each; this folder needs nothing but torch.
+"""Normalization methods, one file each; this folder needs nothing but torch (three of them timm).
 
 scheme = norms.build("mabn", batch_size=2)
 scheme.conv(64, 128, 3, padding=1), scheme.norm(128)
 norms.convert(any_network, scheme)
+norms.fold(trained_network)  # for inference
 """
 
 import importlib
@@ -12,7 +13,9 @@ from difflib import get_close_matches
 
 from norms.bcn import BatchChannelNorm2d, EstimatedBatchNorm2d
 from norms.bn import GhostBatchNorm2d
+from norms.brn import BatchRenorm2d
 from norms.convert import convert
+from norms.fold import fold
 from norms.mabn import CenteredConv2d, MABN2d
 from norms.pws import PWSConv2d
 from norms.scheme import Scheme
@@ -20,6 +23,7 @@ from norms.ws_gn import WSConv2d
 
 __all__ = [
     "BatchChannelNorm2d",
+    "BatchRenorm2d",
     "CenteredConv2d",
     "EstimatedBatchNorm2d",
     "GhostBatchNorm2d",
@@ -29,10 +33,11 @@ __all__ = [
     "WSConv2d",
     "build",
     "convert",
+    "fold",
     "names",
 ]
 
-_SHARED = {"convert", "moments", "scheme"}  # files of this folder that are no method
+_SHARED = {"convert", "fold", "moments", "scheme"}  # files of this folder that are no method
 
 
 def names() -> list[str]:
@@ -47,10 +52,15 @@ def unknown(what: str, name: str, known: list[str], allowed: str = "") -> ValueE
     return ValueError(f"{what}: unknown{hint}; allowed: {allowed or ', '.join(known)}")
 
 
-def build(name: str, *, batch_size: int | None = None, **options) -> Scheme:
+def build(
+    name: str, *, batch_size: int | None = None, sgd_batch_size: int | None = None, **options
+) -> Scheme:
     """The scheme `name`, whose statistics are over `batch_size` images (None: a whole batch).
 
-    Raises `ValueError` for an unknown name or option, naming near matches.
+    `sgd_batch_size`: images per optimizer step on this device, for the two methods that count in
+    such steps (BRN's schedule, MABN's ImageNet version); None: a step per batch for the one, per
+    forward pass for the other. Raises `ValueError` for an unknown name or option, naming near
+    matches.
     """
     if name not in names():
         raise unknown(f"norm={name}", name, names())
@@ -59,8 +69,11 @@ def build(name: str, *, batch_size: int | None = None, **options) -> Scheme:
     ):
         raise ValueError(f"batch={batch_size}: expected a whole number of images from 1")
     make = importlib.import_module(f"norms.{name}").scheme
-    known = [p for p in inspect.signature(make).parameters if p != "batch_size"]
+    parameters = inspect.signature(make).parameters
+    known = [p for p in parameters if p not in ("batch_size", "sgd_batch_size")]
     for option in options:
         if option not in known:
             raise unknown(f"norm.{option} (norm={name})", option, known)
+    if "sgd_batch_size" in parameters:
+        options["sgd_batch_size"] = sgd_batch_size
     return make(batch_size=batch_size, **options)

@@ -18,6 +18,7 @@ sets the rate r (it stays at 0, where nothing is estimated); ours is an argument
 """
 
 from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 from norms import moments as m
 from norms.bn import GhostBatchNorm2d
 from norms.gn import check_groups, fit_groups
-from norms.scheme import Scheme, conv
+from norms.scheme import Scheme, conv, frozen_batch_norm
 from norms.ws_gn import WSConv2d
 
 
@@ -43,12 +44,8 @@ class EstimatedBatchNorm2d(nn.Module):
         self, num_features: int, rate: float, batch_size: int | None = None, eps: float = 1e-5
     ):
         super().__init__()
-        self.num_features, self.rate, self.batch_size, self.eps = (
-            num_features,
-            rate,
-            batch_size,
-            eps,
-        )
+        self.num_features, self.batch_size = num_features, batch_size
+        self.rate, self.eps = rate, eps
         self.weight = nn.Parameter(torch.ones(num_features))
         self.bias = nn.Parameter(torch.zeros(num_features))
         self.register_buffer("running_mean", torch.zeros(num_features))
@@ -56,16 +53,30 @@ class EstimatedBatchNorm2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         m.check_4d(x)
-        mean, var = self.running_mean[None], self.running_var[None]
+        return m.affine(x, *self.scale_shift(*m.moments(x.detach())))
+
+    def scale_shift(self, mean: Tensor, var: Tensor, area: int = 0) -> tuple[Tensor, Tensor]:
+        """From the moments of every map, (N, C), to the layer's scale and shift, (N or 1, C).
+
+        In training this moves the estimates, once per group.
+        """
         if self.training:
-            mean, var = self.update(x.detach())
+            mean, var = self.update(mean, var)
+        else:
+            mean, var = self.running_mean[None], self.running_var[None]
         scale = self.weight * torch.rsqrt(var + self.eps)
-        return m.affine(x, scale, self.bias - mean * scale)
+        return scale, self.bias - mean * scale
+
+    def fold(self) -> nn.Module:
+        """What it computes in evaluation, in PyTorch's own layers: see `norms/fold.py`."""
+        return frozen_batch_norm(
+            self.weight, self.bias, self.running_mean, self.running_var, self.eps
+        )
 
     @torch.no_grad()
-    def update(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def update(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
         """Move the estimates by every group in turn; return those that each image meets, (N, C)."""
-        mean, var = (m.split(s, self.batch_size) for s in m.moments(x))
+        mean, var = (m.split(s, self.batch_size) for s in (mean, var))
         size = mean.shape[1]
         mean, var = m.pool(mean, var, dim=1)
         means = m.moving_average(self.running_mean, mean, self.rate)
@@ -79,10 +90,13 @@ class EstimatedBatchNorm2d(nn.Module):
 class BatchChannelNorm2d(nn.Module):
     """Batch norm, then group norm with an affine per group; (N, C, H, W) -> (N, C, H, W).
 
-    `bn` holds the batch norm (per-channel affine, moving averages); `weight` and `bias`, of shape
-    (num_groups,), are the channel norm's. Batch statistics are over groups of `batch_size` images
-    (None: all of them). Raises `ValueError` if `num_groups` does not divide `num_features`.
+    `bn` holds the batch norm (per-channel affine, moving statistics) over groups of `batch_size`
+    images (None: all of them); with a `rate` it is an `EstimatedBatchNorm2d`. `weight` and `bias`,
+    of shape (num_groups,), are the channel norm's. Raises `ValueError` if `num_groups` does not
+    divide `num_features`.
     """
+
+    bn: GhostBatchNorm2d | EstimatedBatchNorm2d
 
     def __init__(
         self,
@@ -91,36 +105,51 @@ class BatchChannelNorm2d(nn.Module):
         batch_size: int | None = None,
         eps: float = 1e-5,
         momentum: float = 0.1,
+        rate: float | None = None,
     ):
         super().__init__()
         if num_features % num_groups:
             raise ValueError(f"num_groups={num_groups} does not divide num_features={num_features}")
         self.num_channels, self.num_groups, self.eps = num_features, num_groups, eps
-        self.bn = GhostBatchNorm2d(num_features, batch_size, eps, momentum)
+        if rate is None:
+            self.bn = GhostBatchNorm2d(num_features, batch_size, eps, momentum)
+        else:
+            self.bn = EstimatedBatchNorm2d(num_features, rate, batch_size, eps)
         self.weight = nn.Parameter(torch.ones(num_groups))
         self.bias = nn.Parameter(torch.zeros(num_groups))
 
     def forward(self, x: Tensor) -> Tensor:
         m.check_4d(x)
-        if self.training:
+        if self.training and isinstance(self.bn, GhostBatchNorm2d):
             m.check_variance(x, self.bn.batch_size)
         mean, var = m.moments(x)
-        scale, shift = self.bn.scale_shift(
-            mean, var, x.shape[2] * x.shape[3]
-        )  # z = x*scale + shift
+        area = x.shape[2] * x.shape[3]
+        scale, shift = self.bn.scale_shift(mean, var, area)  # z = x * scale + shift
         channels = self.num_channels // self.num_groups
         mean, var = m.pool(  # of z, per image and channel group: (N, num_groups)
             (mean * scale + shift).unflatten(1, (-1, channels)),
             (var * scale**2).unflatten(1, (-1, channels)),
             dim=2,
         )
-        gain = self.weight * torch.rsqrt(var + self.eps)  # y = z*gain + (bias - mean*gain)
+        gain = self.weight * torch.rsqrt(var + self.eps)  # y = z * gain + (bias - mean * gain)
         offset = (self.bias - mean * gain).repeat_interleave(channels, 1)
         gain = gain.repeat_interleave(channels, 1)
         return m.affine(x, scale * gain, shift * gain + offset)
 
+    def fold(self) -> nn.Module:
+        """What it computes in evaluation, in PyTorch's own layers: see `norms/fold.py`."""
+        channel_norm = nn.GroupNorm(self.num_groups, self.num_channels, self.eps).to(self.weight)
+        size = self.num_channels // self.num_groups
+        with torch.no_grad():
+            channel_norm.weight.copy_(self.weight.repeat_interleave(size))
+            channel_norm.bias.copy_(self.bias.repeat_interleave(size))
+        return nn.Sequential(self.bn.fold(), channel_norm)
+
     def extra_repr(self) -> str:
         return f"{self.num_channels}, num_groups={self.num_groups}"
+
+
+MICRO_BATCH = 4  # the largest batch size whose own statistics `auto` does not trust
 
 
 def scheme(
@@ -129,12 +158,19 @@ def scheme(
     min_channels: int = 2,
     eps: float = 1e-5,
     momentum: float = 0.1,
+    statistics: Literal["auto", "batch", "estimated"] = "auto",
+    rate: float = 0.01,
 ) -> Scheme:
-    """Standardized convolutions and BCN with batch statistics at every batch size."""
+    """Standardized convolutions and BCN; `statistics`: of the batch, or estimated at `rate`."""
+    if statistics not in ("auto", "batch", "estimated"):
+        raise ValueError(f"norm.statistics={statistics}: expected auto, batch or estimated")
+    micro = batch_size is not None and batch_size <= MICRO_BATCH
+    estimated = statistics == "estimated" or (statistics == "auto" and micro)
 
     def norm(channels: int) -> BatchChannelNorm2d:
         fit = fit_groups(channels, groups, min_channels)
-        return BatchChannelNorm2d(channels, fit, batch_size, eps, momentum)
+        used = rate if estimated else None
+        return BatchChannelNorm2d(channels, fit, batch_size, eps, momentum, used)
 
     return Scheme(
         name="bcn",

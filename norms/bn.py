@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from norms import moments as m
-from norms.scheme import Scheme, conv
+from norms.scheme import Scheme, conv, frozen_batch_norm
 
 
 class GhostBatchNorm2d(nn.BatchNorm2d):
@@ -74,6 +74,12 @@ class GhostBatchNorm2d(nn.BatchNorm2d):
         for running, values in ((self.running_mean, mean), (self.running_var, var)):
             running.copy_(m.moving_average(running, values, self.momentum)[-1])
         self.num_batches_tracked += mean.shape[0]
+
+    def fold(self) -> nn.Module:
+        """What it computes in evaluation, in PyTorch's own layers: see `norms/fold.py`."""
+        return frozen_batch_norm(
+            self.weight, self.bias, self.running_mean, self.running_var, self.eps
+        )
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, batch_size={self.batch_size}"

@@ -3,13 +3,16 @@
 Which convolutions: those with a norm right behind them, in the order in which a network registers
 its layers (activations, pooling and dropout between them are passed over only if they are
 `Identity`), and those without a bias, which is how networks mark a convolution whose output a norm
-shifts. A convolution with a bias and no norm behind it (a classifier, squeeze-and-excitation)
-stays.
+shifts. Depthwise ones are no exception. A convolution with a bias and no norm behind it (a
+classifier, squeeze-and-excitation) stays.
 
-Which norms: batch norms, timm's norm-and-activation layers included. Names stay; weights, and with
-the same layer the running statistics too, are taken over. Where the scheme normalizes only at the
-ends (PWS), the first and the last norm become its end norms and all others `Identity`; the host's
-block order stays.
+Which norms: batch norms of maps; timm's norm-and-activation layers keep their activation, or take
+the scheme's own (FRN, EvoNorm). Names stay; weights, and with the same layer the running statistics
+too, are taken over: under `bn`, `sync_bn`, `gn`, `ln`, `in` and `ws_*` every parameter keeps its
+name and shape, so the host's state dict fits. Where the scheme normalizes only at the ends (PWS),
+the first and the last norm become its end norms and all others `Identity`, and every convolution
+gets a bias; the host's block order stays. `convert(...).load_state_dict(state, strict=False)` lists
+what a state dict lacks or has too much.
 """
 
 from typing import Any
@@ -17,12 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from norms.scheme import Scheme
-
-
-def _replace_child(root: nn.Module, name: str, new: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(root.get_submodule(parent), child, new)
+from norms.scheme import Scheme, replace_child
 
 
 def _take_over(new: nn.Module, old: nn.Module) -> None:
@@ -41,12 +39,17 @@ def _activate(module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor
     return module.act(module.drop(output))
 
 
-def _new_norm(old: Any, new: nn.Module) -> nn.Module:
+def _new_norm(old: Any, scheme: Scheme, at_end: bool) -> nn.Module:
+    make = scheme.end_norm if scheme.end_norm and at_end else scheme.norm
+    act = getattr(old, "act", nn.Identity())  # timm's BatchNormAct2d has its activation inside
+    if scheme.norm_act and not isinstance(act, nn.Identity):
+        make, act = scheme.norm_act, nn.Identity()
+    new = make(old.num_features)
     if old.affine:
         _take_over(new, old)
-    if hasattr(old, "act"):  # timm's BatchNormAct2d: the activation is part of the norm
+    if hasattr(old, "act"):
         new.add_module("drop", getattr(old, "drop", nn.Identity()))
-        new.add_module("act", old.act)
+        new.add_module("act", act)
         new.register_forward_hook(_activate)
     return new
 
@@ -92,11 +95,10 @@ def convert(module: nn.Module, scheme: Scheme) -> nn.Module:
         if isinstance(layer, nn.Conv2d) and (
             layer.bias is None or isinstance(after, nn.BatchNorm2d)
         ):
-            _replace_child(host, name, _new_conv(layer, scheme))
+            replace_child(host, name, _new_conv(layer, scheme))
         elif isinstance(layer, nn.BatchNorm2d):
             at_end = name in (norms[0], norms[-1])
-            make = scheme.end_norm if scheme.end_norm and at_end else scheme.norm
-            _replace_child(host, name, _new_norm(layer, make(layer.num_features)))
+            replace_child(host, name, _new_norm(layer, scheme, at_end))
     module = host["host"]
     if scheme.check:
         scheme.check(module)

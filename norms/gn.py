@@ -9,7 +9,8 @@ Groups in narrow layers (a rule of ours, the papers give none): the largest numb
 is at most G, divides C and leaves at least `min_channels` (2) channels in each, and 1 if there is
 none: with one channel to a group it would be instance norm, 4 points worse (the paper's table 3).
 So 16, 32 and 64 channels get 8, 16 and 32 groups. A G that no layer of a network can have is an
-error.
+error. Or the channels per group are given (the paper's other choice, 16): then every layer gets as
+many groups as leave at least so many channels in each.
 """
 
 from collections.abc import Callable
@@ -52,14 +53,25 @@ def group_norm(channels: int, groups: int, min_channels: int, eps: float) -> nn.
 
 
 def scheme(
-    batch_size: int | None = None, groups: int = 32, min_channels: int = 2, eps: float = 1e-5
+    batch_size: int | None = None,
+    groups: int = 32,
+    min_channels: int = 2,
+    channels_per_group: int | None = None,
+    eps: float = 1e-5,
 ) -> Scheme:
-    """Plain convolutions and group norm."""
+    """Plain convolutions and group norm, by `groups` or, if given, `channels_per_group`."""
+    check: Callable[[nn.Module], None] | None = check_groups(groups, min_channels)
+    if channels_per_group is not None:
+        if not isinstance(channels_per_group, int) or channels_per_group < 1:
+            raise ValueError(
+                f"norm.channels_per_group={channels_per_group}: expected a whole number from 1"
+            )
+        groups, min_channels, check = 2**31, channels_per_group, None
     return Scheme(
         name="gn",
         conv=partial(conv, nn.Conv2d),
         norm=partial(group_norm, groups=groups, min_channels=min_channels, eps=eps),
         zero_init=True,
         batch_free=True,
-        check=check_groups(groups, min_channels),
+        check=check,
     )

@@ -9,20 +9,32 @@ m = max(1, ceil(32 / B)) batches, the current one included:
     g = gamma * r * dL/dy                psi = mean(g * z)
     dL/dx = (g - z * psi_bar) / sqrt(chi_bar + eps)
 
-r is a constant for the gradient and uses chi_run from before its update. For the first
-max(m, warmup - 1) batches, chi and psi of the batch itself stand for their means, and r is 1 for
-the first max(1000, warmup). At test time y = gamma * x / sqrt(chi_run + eps) + beta. This is the
-authors' release; every count is in batches of B images, whatever passes through the network at
-once.
+r is a constant for the gradient and uses chi_run from before its update.
+
+The authors published two versions, which differ in what counts as a step:
+
+                                   release (the default)            imagenet (their training code)
+    chi and psi of the batch       for the first                    until an optimizer step begins
+    itself instead of their means  max(m, warmup - 1) batches       with a full window
+    r is 1                         for max(1000, warmup) batches    for warmup - 1 optimizer steps
+    chi_run moves                  with every batch                 once per optimizer step, by the
+                                                                    mean of its chi_bar
+    chi_run starts at              1                                the first step's mean
+    chi_run of a step's batches    the one before each batch        the one before the step
+
+At test time y = gamma * x / sqrt(chi_run + eps) + beta. All counts are of batches of B images or of
+optimizer steps, whatever passes through the network at once. The window crosses a weight update in
+both: part of it was made by older weights.
 """
 
 from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from norms import moments as m
-from norms.scheme import Scheme, conv
+from norms.scheme import Scheme, conv, frozen_batch_norm
 
 
 class CenteredConv2d(nn.Conv2d):
@@ -45,6 +57,36 @@ def _window_mean(window: Tensor, new: Tensor, own: Tensor) -> Tensor:
     return torch.where(own[:, None], new, values.unfold(0, size, 1)[1:].mean(-1))
 
 
+def _release(layer: "MABN2d", square: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """From chi of each of G batches: chi_bar, chi_run before it, whether r is free, own values."""
+    step = layer.num_batches_tracked + torch.arange(1, len(square) + 1, device=square.device)
+    own = (step <= layer.window_square.shape[0]) | (step < layer.warmup)
+    chi = _window_mean(layer.window_square, square, own)
+    running = m.moving_average(layer.running_square, chi, 1 - layer.momentum)
+    layer.running_square.copy_(running[-1])
+    return chi, running[:-1], (step > max(1000, layer.warmup))[:, None], own
+
+
+def _imagenet(layer: "MABN2d", square: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The same in the other version."""
+    groups = len(square)
+    size = layer.batches_per_step or groups
+    if size % groups:
+        raise ValueError(f"a forward pass of {groups} batches does not divide a step of {size}")
+    seen = layer.num_batches_tracked
+    steps = seen // size  # optimizer steps behind us
+    own = (steps * size < layer.window_square.shape[0]).expand(groups)
+    chi = _window_mean(layer.window_square, square, own)
+    running = layer.running_square.clone()
+    layer.step_square.add_(chi.sum(0))
+    mean = layer.step_square / size
+    moved = torch.where(steps == 0, mean, torch.lerp(mean, running, layer.momentum))
+    ends = (seen + groups) % size == 0
+    layer.running_square.copy_(torch.where(ends, moved, running))
+    layer.step_square.copy_(torch.where(ends, 0.0, layer.step_square))
+    return chi, running[None], steps + 1 >= layer.warmup, own
+
+
 class _MABN(torch.autograd.Function):
     """The two directions above, for all groups of a batch at once. x: (N, C, H, W)."""
 
@@ -54,14 +96,11 @@ class _MABN(torch.autograd.Function):
         square = m.split(square, layer.batch_size).mean(1)  # (G, C)
         groups = square.shape[0]
         size = x.shape[0] // groups
-        step = layer.num_batches_tracked + torch.arange(1, groups + 1, device=x.device)
-        own = (step <= layer.window_square.shape[0]) | (step < layer.warmup)
-        chi = _window_mean(layer.window_square, square, own)
-        running = m.moving_average(layer.running_square, chi, 1 - layer.momentum)
-        r = torch.sqrt((chi + layer.eps) / (running[:-1] + layer.eps)).clamp(1 / 5, 5)
-        r = torch.where((step > max(1000, layer.warmup))[:, None], r, 1.0)
-        layer.running_square.copy_(running[-1])
-        layer.num_batches_tracked += groups
+        count = _imagenet if layer.version == "imagenet" else _release
+        chi, running, free, own = count(layer, square)
+        layer.num_batches_tracked.add_(groups)
+        r = torch.sqrt((chi + layer.eps) / (running + layer.eps)).clamp(1 / 5, 5)
+        r = torch.where(free, r, 1.0)
 
         inverse = torch.rsqrt(chi + layer.eps)
         gain = r * inverse
@@ -88,12 +127,15 @@ class MABN2d(nn.Module):
 
     Shapes: (N, C, H, W) -> (N, C, H, W); in training N must be a multiple of `batch_size`, else
     `ValueError`. The window holds max(1, ceil(moving_average_batch_size / batch_size)) batches;
-    `momentum` is the weight of the old running value; `warmup` counts batches.
+    `momentum` is the weight of the old running value; `warmup` counts batches ("release") or
+    optimizer steps ("imagenet"), which have `batches_per_step` batches (None: a forward pass is a
+    step).
     """
 
     running_square: Tensor
     window_square: Tensor
     window_product: Tensor
+    step_square: Tensor
     num_batches_tracked: Tensor
 
     def __init__(
@@ -104,16 +146,23 @@ class MABN2d(nn.Module):
         momentum: float = 0.98,
         warmup: int = 100,
         eps: float = 1e-5,
+        version: Literal["release", "imagenet"] = "release",
+        batches_per_step: int | None = None,
     ):
         super().__init__()
+        if version not in ("release", "imagenet"):
+            raise ValueError(f"norm.version={version}: expected release or imagenet")
         self.num_features, self.batch_size = num_features, batch_size
         self.momentum, self.warmup, self.eps = momentum, warmup, eps
+        self.version, self.batches_per_step = version, batches_per_step
         window = max(1, -(-moving_average_batch_size // batch_size)) if batch_size else 1
         self.weight = nn.Parameter(torch.ones(num_features))
         self.bias = nn.Parameter(torch.zeros(num_features))
         self.register_buffer("running_square", torch.ones(num_features))
         self.register_buffer("window_square", torch.zeros(window, num_features))
         self.register_buffer("window_product", torch.zeros(window, num_features))
+        if version == "imagenet":
+            self.register_buffer("step_square", torch.zeros(num_features))
         self.register_buffer("num_batches_tracked", torch.tensor(0))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -123,19 +172,28 @@ class MABN2d(nn.Module):
         scale = self.weight * torch.rsqrt(self.running_square + self.eps)
         return m.affine(x, scale[None], self.bias[None])
 
+    def fold(self) -> nn.Module:
+        """What it computes in evaluation, in PyTorch's own layers: see `norms/fold.py`."""
+        return frozen_batch_norm(self.weight, self.bias, None, self.running_square, self.eps)
+
     def extra_repr(self) -> str:
         window = self.window_square.shape[0]
-        return f"{self.num_features}, batch_size={self.batch_size}, window={window}"
+        return (
+            f"{self.num_features}, batch_size={self.batch_size}, window={window}, "
+            f"version={self.version}"
+        )
 
 
 def scheme(
     batch_size: int | None = None,
+    sgd_batch_size: int | None = None,
     moving_average_batch_size: int = 32,
     momentum: float = 0.98,
     warmup: int = 100,
     eps: float = 1e-5,
+    version: Literal["release", "imagenet"] = "release",
 ) -> Scheme:
-    """Centred convolutions and MABN, in the authors' release form."""
+    """Centred convolutions and MABN, whose window would mix gradients of different loss scales."""
     return Scheme(
         name="mabn",
         conv=partial(conv, CenteredConv2d),
@@ -146,5 +204,8 @@ def scheme(
             momentum=momentum,
             warmup=warmup,
             eps=eps,
+            version=version,
+            batches_per_step=m.batches_per_step(batch_size, sgd_batch_size),
         ),
+        loss_scaling=False,
     )

@@ -15,6 +15,14 @@ def check_4d(x: Tensor) -> None:
         raise ValueError(f"expected (N, C, H, W), got a tensor of {x.dim()} dimensions")
 
 
+def check_groups(x: Tensor, batch_size: int) -> None:
+    if x.shape[0] % batch_size:
+        raise ValueError(
+            f"{x.shape[0]} images cannot be split into groups of batch size {batch_size}; in "
+            f"training, pass multiples of it"
+        )
+
+
 def promote(x: Tensor) -> Tensor:
     """Half precision to float32: statistics are never accumulated in less."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
@@ -33,14 +41,9 @@ def affine(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
 
 def split(x: Tensor, batch_size: int | None) -> Tensor:
     """(N, C) -> (N / batch_size, batch_size, C): the groups that share statistics, in order."""
-    n = x.shape[0]
-    size = batch_size or n
-    if n % size:
-        raise ValueError(
-            f"{n} images cannot be split into groups of batch size {size}; in training, pass "
-            f"multiples of it"
-        )
-    return x.view(n // size, size, -1)
+    size = batch_size or x.shape[0]
+    check_groups(x, size)
+    return x.view(x.shape[0] // size, size, -1)
 
 
 def pool(mean: Tensor, var: Tensor, dim: int) -> tuple[Tensor, Tensor]:
@@ -72,3 +75,8 @@ def check_variance(x: Tensor, batch_size: int | None) -> None:
             f"batch={batch_size or x.shape[0]}: one value per channel, on maps of "
             f"{x.shape[2]}x{x.shape[3]}, has no variance; expected a larger batch or larger images"
         )
+
+
+def batches_per_step(batch_size: int | None, sgd_batch_size: int | None) -> int | None:
+    """Batches that share statistics in an optimizer step on one device, None where unknown."""
+    return sgd_batch_size // batch_size if batch_size and sgd_batch_size else None

@@ -7,10 +7,13 @@ per output filter k, with the biased variance. alpha is learned, starts at 1 and
 beta is the convolution's ordinary bias; gamma is a constant and not a small epsilon: at the start
 a filter is shrunk by sqrt(v / (v + gamma)), v = 2 / fan, 0.55 for 3x3x512 at gamma = 1e-3.
 
-Two norms remain, GN with one group after the stem and after the last stage, and the residual block
-keeps its identity ahead of the ReLU (`block="pws"`). Defaults are those of the authors' CIFAR
-configuration. Options of theirs: `equiv` (gamma relative to v), `init_alpha` (data-dependent: the
-first convolution of each branch, the stem and the shortcuts start with the output variance 2) and
+The authors published two forms. `pytorch` (their ImageNet numbers, and the default): GN with one
+group remains at two places, after the stem and after the last stage; the residual block keeps its
+identity ahead of the ReLU (`block="pws"`). `tensorflow` (the CIFAR runs of the paper): no norm at
+all, relu(x / sqrt(2)) before a block and before the pooling (`block="pws_tf"`), weights from a
+uniform distribution, and fan is always fan_in. Defaults are those of the PyTorch code's CIFAR
+configuration. Its options: `equiv` (gamma relative to v), `initalpha` (data-dependent: the first
+convolution of each branch, the stem and the shortcuts start with the output variance 2) and
 `mode`, the fan that is meant.
 """
 
@@ -23,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn.init import _calculate_correct_fan
 
 from norms.moments import promote
-from norms.scheme import Scheme, he_init
+from norms.scheme import Scheme, he_init, identity
 
 
 class PWSConv2d(nn.Conv2d):
@@ -100,15 +103,13 @@ def initialize_alpha(model: nn.Module, images: Tensor) -> None:
             hook.remove()
 
 
-def conv(*args, inner: bool = False, bias: bool = True, **kwargs) -> PWSConv2d:
+def conv(*args, inner: bool = False, uniform: bool = False, **kwargs) -> PWSConv2d:
     """A PWS convolution, with a bias since no norm follows it."""
-    layer = PWSConv2d(*args, bias=bias, **kwargs)
+    layer = PWSConv2d(*args, bias=True, **kwargs)
     layer.inner = inner
+    if uniform:
+        nn.init.kaiming_uniform_(layer.weight, nonlinearity="relu")
     return layer
-
-
-def identity(channels: int) -> nn.Identity:
-    return nn.Identity()
 
 
 def scheme(
@@ -116,15 +117,23 @@ def scheme(
     gamma: float = 1e-3,
     equiv: bool = False,
     mode: Literal["fan_in", "fan_out"] = "fan_in",
-    init_alpha: bool = False,
+    initalpha: bool = False,
+    form: Literal["pytorch", "tensorflow"] = "pytorch",
 ) -> Scheme:
-    """PWS convolutions with bias; GN(1) at both ends of the network, nothing in between."""
+    """PWS convolutions with bias; GN(1) at both ends of the network or, by `form`, nowhere."""
+    if form not in ("pytorch", "tensorflow"):
+        raise ValueError(f"norm.form={form}: expected pytorch or tensorflow")
+    plain = form == "tensorflow"
+    for key, value, default in (("mode", mode, "fan_in"), ("initalpha", initalpha, False)):
+        if plain and value != default:
+            message = f"norm.{key}={value}: form=tensorflow has no such option; expected {default}"
+            raise ValueError(message.lower())
     return Scheme(
         name="pws",
-        conv=partial(conv, gamma=gamma, equiv=equiv, mode=mode),
+        conv=partial(conv, gamma=gamma, equiv=equiv, mode=mode, uniform=plain),
         norm=identity,
-        end_norm=partial(nn.GroupNorm, 1),
-        block="pws",
+        end_norm=identity if plain else partial(nn.GroupNorm, 1),
+        block="pws_tf" if plain else "pws",
         batch_free=True,
-        initialize=initialize_alpha if init_alpha else None,
+        initialize=initialize_alpha if initalpha else None,
     )

@@ -22,14 +22,18 @@ class Scheme:
     the second and later convolutions of a residual branch."""
     norm: Callable[[int], nn.Module]
     """The layer after a convolution with that many output channels."""
+    norm_act: Callable[[int], nn.Module] | None = None
+    """The norm with its own activation, in place of norm and ReLU, where a method has one."""
     end_norm: Callable[[int], nn.Module] | None = None
     """The norm after the stem and after the last stage, where a method normalizes only there."""
     block: str = "post"
-    """The order in a residual block that the method's paper uses: `post` or `pws`."""
+    """The order in a residual block that the method's paper uses: `post`, `pws` or `pws_tf`."""
     zero_init: bool = False
     """Whether the paper starts the last norm of every residual branch at zero."""
     batch_free: bool = False
     """Whether no statistic ever crosses images: then the batch size changes nothing."""
+    loss_scaling: bool = True
+    """Whether gradients may carry a changing factor, as a float16 loss scaler puts on them."""
     initialize: Callable[[nn.Module, Tensor], None] | None = None
     """A data-dependent start: called once with training images, before the first step."""
     check: Callable[[nn.Module], None] | None = None
@@ -49,3 +53,30 @@ def conv(
 ) -> nn.Conv2d:
     """A convolution that a norm follows: no bias, since the norm's shift is one."""
     return he_init(cls(*args, bias=False, **kwargs))
+
+
+def frozen_batch_norm(
+    weight: Tensor, bias: Tensor, mean: Tensor | None, var: Tensor | None, eps: float
+) -> nn.BatchNorm2d:
+    """weight * (x - mean) / sqrt(var + eps) + bias, as PyTorch's own layer in evaluation mode."""
+    layer = nn.BatchNorm2d(len(weight), eps, device=weight.device, dtype=weight.dtype).eval()
+    state = {"weight": weight, "bias": bias, "running_mean": mean, "running_var": var}
+    layer.load_state_dict({k: v for k, v in state.items() if v is not None}, strict=False)
+    return layer
+
+
+def biased_conv(
+    cls: Callable[..., nn.Conv2d], *args: Any, inner: bool = False, **kwargs: Any
+) -> nn.Conv2d:
+    """A convolution that no norm follows."""
+    return he_init(cls(*args, bias=True, **kwargs))
+
+
+def identity(channels: int) -> nn.Identity:
+    """In place of a norm."""
+    return nn.Identity()
+
+
+def replace_child(root: nn.Module, name: str, new: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(root.get_submodule(parent), child, new)

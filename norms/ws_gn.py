@@ -4,8 +4,9 @@
 
 per output filter, over its n = C_in * k * k weights, without a gain; group norm follows. The
 authors' code behind the GN+WS numbers takes the unbiased deviation (n - 1) and adds eps = 1e-5
-outside the root; their BCN code (arXiv 1911.09738) adds it to the variance, inside. Both are here;
-every convolution is standardized, the stem and the shortcuts included, the classifier is not.
+outside the root; their BCN code (arXiv 1911.09738) adds it to the variance, inside; timm's
+`StdConv2d` and BiT take the biased variance and eps = 1e-6 inside. All are here; every convolution
+is standardized, the stem and the shortcuts included, the classifier is not.
 """
 
 from functools import partial
@@ -59,11 +60,14 @@ def scheme(
     min_channels: int = 2,
     eps: float = 1e-5,
     ws_eps: float = 1e-5,
+    unbiased: bool = True,
+    eps_inside: bool = False,
 ) -> Scheme:
     """Standardized convolutions and group norm (groups in narrow layers as in `norms/gn.py`)."""
+    weights = partial(WSConv2d, eps=ws_eps, unbiased=unbiased, eps_inside=eps_inside)
     return Scheme(
         name="ws_gn",
-        conv=partial(conv, partial(WSConv2d, eps=ws_eps)),
+        conv=partial(conv, weights),
         norm=partial(group_norm, groups=groups, min_channels=min_channels, eps=eps),
         batch_free=True,
         check=check_groups(groups, min_channels),

@@ -201,15 +201,18 @@ def test_durations_in_updates_and_rare_evaluations(train):
     assert json.loads((done.run() / "result.json").read_text())["updates"] == 10
 
 
-def test_bfloat16(train):
-    done = train("recipe.precision=bfloat16", "norm=mabn", "batch=4")
+@pytest.mark.parametrize(("precision", "norm"), [("bfloat16", "mabn"), ("float16", "gn")])
+def test_half_precision(train, precision, norm):
+    done = train(f"recipe.precision={precision}", f"norm={norm}", "batch=4")
     assert done.status == 0, done.err
+    state = torch.load(done.run() / "last.pt", weights_only=True)
+    assert bool(state["scaler"]) == (precision == "float16")
 
 
 def test_data_dependent_start_is_the_same_at_every_batch_size(train):
     states = []
     for batch in (2, 8):
-        done = train("norm=pws", "norm.init_alpha=true", f"batch={batch}", "recipe.lr=1e-30",
+        done = train("norm=pws", "norm.initalpha=true", f"batch={batch}", "recipe.lr=1e-30",
                      "recipe.weight_decay=0.0")  # fmt: skip
         assert done.status == 0, done.err
         states.append(
@@ -356,7 +359,29 @@ MISTAKES = [
     (["recipe.lr=nan"], 1, ["recipe.lr=nan: expected a number above 0"]),
     (["recipe.nesterov=maybe"], 1, ["recipe.nesterov=maybe: expected true or false"]),
     (["recipe.schedule=cosin"], 1, ["recipe.schedule=cosin: expected step, cosine, linear"]),
-    (["recipe.precision=float16"], 1, ["recipe.precision=float16: expected float32, bfloat16"]),
+    (["recipe.precision=half"], 1, ["recipe.precision=half: expected float32, bfloat16, float16"]),
+    (
+        ["recipe.precision=float16", "norm=mabn", "batch=2"],
+        1,
+        ["recipe.precision=float16: its loss scale", "expected float32 or bfloat16"],
+    ),
+    (["norm=bcn", "norm.statistics=moving"], 1, ["norm.statistics=moving: expected auto, batch"]),
+    (["norm=bcn", "norm.rate=2"], 1, ["norm.rate=2: expected a number from 0 to 1"]),
+    (["norm=mabn", "norm.version=det"], 1, ["norm.version=det: expected release or imagenet"]),
+    (["norm=pws", "norm.form=jax"], 1, ["norm.form=jax: expected pytorch or tensorflow"]),
+    (
+        ["norm=pws_tensorflow", "norm.initalpha=true"],
+        1,
+        ["norm.initalpha=true: form=tensorflow has no such option; expected false"],
+    ),
+    (["norm=gn", "norm.channels_per_group=0"], 1, ["norm.channels_per_group=0: expected a whole"]),
+    (["norm=sync_bn", "batch=2", "protocol=ghost"], 1, ["norm=sync_bn: a forward pass of 128"]),
+    (["norm=in", "model=timm", "model.name=resnet10t"], 1, ["has no variance"]),
+    (
+        ["norm=evonorm_s0", "model=timm", "model.name=resnet10t"],
+        1,
+        ["norm=evonorm_s0: is norm and activation in one, and ResNet keeps them apart"],
+    ),
     (["recipe.milestones=[30,60]"], 1, ["recipe.milestones=[30, 60]: expected parts from 0 to 1"]),
     (["recipe.epochs=null"], 1, ["recipe.epochs=null: expected a number"]),
     (["recipe.flip=true"], 1, ["recipe.flip=true: a mirrored image of data=digits"]),
@@ -372,7 +397,7 @@ MISTAKES = [
     (["device=gpu"], 1, ["device=gpu: expected auto, cpu"]),
     (["model=timm"], 1, ["model.name=???: needs a value"]),
     (["model=timm", "model.name=resnet19"], 1, ["model.name=resnet19: unknown (did you mean"]),
-    (["model.block=pre"], 1, ["model.block=pre: expected auto, post or pws"]),
+    (["model.block=pre"], 1, ["model.block=pre: expected auto, post, pws, pws_tf"]),
     (["norm=gn", "norm.groups=7"], 1, ["norm.groups=7: fits no layer"]),
     (["norm=pws", "norm.mode=fan"], 1, ["norm.mode=fan: expected fan_in or fan_out"]),
     (["model=resnet18", "batch=1"], 1, ["batch=1", "no variance"]),
@@ -473,7 +498,8 @@ def test_killed_and_restarted_equals_uninterrupted(tmp_path, norm):
     def command(runs):
         own = [f"runtime.runs={runs}", "runtime.threads=1", "runtime.checkpoint_every=9"]
         keys = ["batch=4", "recipe.epochs=3", "runtime.log_every=5", "recipe.eval_every=2"]
-        return [sys.executable, "train.py", f"norm={norm}", *keys, *own]
+        probe = {"bn": "gradient_shift", "mabn": "batch_statistics"}[norm]
+        return [sys.executable, "train.py", f"norm={norm}", f"probe={probe}", *keys, *own]
 
     def start(runs):
         return subprocess.Popen(command(runs), cwd=ROOT, stdout=subprocess.PIPE, text=True)

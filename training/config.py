@@ -10,7 +10,8 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 # Where a run comes from and how it is carried out, but not what comes out of it.
-OUTSIDE = ("device", "study", "name", "overwrite", "runtime", "data.root", "data.cache")
+OUTSIDE = ("device", "study", "name", "overwrite", "data.root", "data.cache")
+OUTSIDE_GROUPS = ("runtime.", "probe.")
 
 # Whole numbers, and the least that is allowed.
 COUNTS = {
@@ -23,6 +24,12 @@ COUNTS = {
     "data.channels": 1,
     "data.train_images": 1,
     "data.test_images": 1,
+    "norm.moving_average_batch_size": 1,
+    "norm.warmup": 0,
+    "norm.start": 0,
+    "norm.r_until": 0,
+    "norm.d_until": 0,
+    "probe.every": 1,
     "recipe.epochs": 1,
     "recipe.updates": 1,
     "recipe.lr_batch": 1,
@@ -42,11 +49,18 @@ NUMBERS = {
     "recipe.lr_decay": PART,
     "recipe.label_smoothing": PART,
     "norm.momentum": PART,
+    "norm.rate": PART,
+    "norm.eps": (0.0, 1e300, " from 0"),
+    "norm.ws_eps": (0.0, 1e300, " from 0"),
+    "norm.gamma": (0.0, 1e300, " from 0"),
+    "norm.r_max": (1.0, 1e300, " from 1"),
+    "norm.d_max": (0.0, 1e300, " from 0"),
 }
 CHOICES: dict[str, tuple[str, ...]] = {
     "protocol.name": ("direct", "accumulate", "ghost"),
     "recipe.schedule": ("step", "cosine", "linear"),
-    "recipe.precision": ("float32", "bfloat16"),
+    "probe.name": ("none", "batch_statistics", "gradient_shift"),
+    "recipe.precision": ("float32", "bfloat16", "float16"),
     "runtime.progress": ("auto", "bar", "lines", "none"),
 }
 
@@ -68,7 +82,7 @@ def identity(config: Any) -> dict[str, Any]:
     """The keys that can change a result. Paths do not, but the name of a folder of images is the
     name of the data set."""
     flat = flatten(config)
-    keys = {k: v for k, v in flat.items() if k not in OUTSIDE and not k.startswith("runtime.")}
+    keys = {k: v for k, v in flat.items() if k not in OUTSIDE and not k.startswith(OUTSIDE_GROUPS)}
     if flat.get("data.name") == "folder":
         keys["data.root"] = os.path.basename(os.path.normpath(str(flat["data.root"])))
     return keys
@@ -109,9 +123,19 @@ def run_name(cfg: DictConfig) -> str:
     return name
 
 
+def check_precision(cfg: DictConfig, loss_scaling: bool) -> None:
+    """Raise `ValueError` where float16 would put a changing factor on gradients that a scheme
+    averages over batches."""
+    if cfg.recipe.precision == "float16" and not loss_scaling:
+        raise ValueError(
+            f"recipe.precision=float16: its loss scale changes between updates, and norm="
+            f"{cfg.norm.name} averages gradients over them; expected float32 or bfloat16"
+        )
+
+
 def check(cfg: DictConfig) -> None:
     """Raise `ValueError`, in one line, for a value that no run can have."""
-    groups = ("data", "model", "norm", "protocol", "recipe")
+    groups = ("data", "model", "norm", "probe", "protocol", "recipe")
     for group in groups:
         if not choices().get(group):
             raise ValueError(f"{group}=null: a run needs one; --help lists the options")

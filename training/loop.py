@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from training.optimizer import learning_rate, sgd
+from training.probes import Probe, Sums
 from training.progress import Board
 from training.protocol import Plan
 from training.run import Run
@@ -35,6 +37,8 @@ class Progress:
     diverged_at: int | None = None
     rows: list[dict[str, Any]] = field(default_factory=list)
     """Of metrics.csv."""
+    probed: Sums = field(default_factory=dict)
+    """What a probe has added up in this epoch so far."""
 
     @property
     def diverged(self) -> bool:
@@ -84,6 +88,7 @@ def train(
     run: Run,
     tensorboard: TensorBoard,
     state: Any,
+    probe: Probe | None = None,
 ) -> Progress:
     """Train until the last update, or until the loss is no longer finite.
 
@@ -94,10 +99,14 @@ def train(
     updates = recipe.updates or recipe.epochs * per_epoch
     epochs = math.ceil(updates / per_epoch)
     device = next(model.parameters()).device
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16")
+    half = torch.float16 if recipe.precision == "float16" else torch.bfloat16
+    autocast = torch.autocast(device.type, half, enabled=recipe.precision != "float32")
     optimizer = sgd(model, recipe, plan.lr)
-    now = restore(state, model, optimizer) if state else Progress()
+    scaler = torch.amp.GradScaler(device.type, enabled=recipe.precision == "float16")
+    now = restore(state, model, optimizer, scaler) if state else Progress()
     meter = Meter(now)
+    if probe:
+        probe.sums = now.probed
     run.write_metrics(now.rows)
 
     def step(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -109,10 +118,11 @@ def train(
                 logits = model(x)
             part = F.cross_entropy(logits.float(), y, label_smoothing=recipe.label_smoothing)
             part = part * (len(y) / len(labels))
-            part.backward()
+            scaler.scale(part).backward()
             loss += part.detach()
             correct += (logits.argmax(1) == y).sum()
-        optimizer.step()
+        scaler.step(optimizer)
+        scaler.update()
         return loss, correct
 
     with Board(runtime.progress, updates, now.update) as board:
@@ -124,7 +134,9 @@ def train(
                 lr = learning_rate(now.update, updates, plan.lr, recipe)
                 for group in optimizer.param_groups:
                     group["lr"] = lr
-                meter.add(*step(images, labels))
+                with probe.watch(now.update) if probe else nullcontext():
+                    done = step(images, labels)
+                meter.add(*done)
 
                 save = runtime.checkpoint_every and now.update % runtime.checkpoint_every == 0
                 if seen % runtime.log_every == 0 or save or seen == last:
@@ -133,7 +145,7 @@ def train(
                 if now.diverged or seen == last:
                     break
                 if save:
-                    run.save(snapshot(model, optimizer, now))
+                    run.save(snapshot(model, optimizer, scaler, now))
             if now.diverged:
                 break
 
@@ -153,15 +165,16 @@ def train(
                     now.diverged_at = now.update
                     break
             meter.lap()
+            row |= probe.take() if probe else {}
             now.rows.append(row | {"seconds": now.wall_seconds})
             now.loss, now.correct, now.epoch_seconds = 0.0, 0, 0.0
             run.write_metrics(now.rows)
             tensorboard.epoch(row)
             board.epoch(row, epochs)
-            run.save(snapshot(model, optimizer, now))
+            run.save(snapshot(model, optimizer, scaler, now))
     if now.diverged:
         now.update = now.diverged_at or 0  # however late somebody looked
-        run.save(snapshot(model, optimizer, now))
+        run.save(snapshot(model, optimizer, scaler, now))
     return now
 
 
@@ -180,23 +193,30 @@ def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> dict
     return {"test_loss": loss, "test_top1": 100 * top1, "test_top5": 100 * top5}
 
 
-def snapshot(model: nn.Module, optimizer: torch.optim.Optimizer, now: Progress) -> dict[str, Any]:
+def snapshot(
+    model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, now: Progress
+) -> dict[str, Any]:
     """A checkpoint. The generators' states are for a model's own randomness, such as dropout."""
     device = next(model.parameters()).device
     cuda = [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
     return {
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),
+        "scaler": scaler.state_dict(),
         "progress": asdict(now),
         "rng": [torch.get_rng_state(), *cuda],
         "threads": torch.get_num_threads(),
     }
 
 
-def restore(state: Any, model: nn.Module, optimizer: torch.optim.Optimizer) -> Progress:
+def restore(
+    state: Any, model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
+) -> Progress:
     """Put a checkpoint back into model, optimizer and generators."""
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
+    if state["scaler"]:
+        scaler.load_state_dict(state["scaler"])
     torch.set_rng_state(state["rng"][0])
     device = next(model.parameters()).device
     if device.type == "cuda" and len(state["rng"]) > 1:

@@ -85,9 +85,16 @@ def versions() -> dict[str, str]:
 
 
 def result(
-    cfg: DictConfig, plan: Plan, model: nn.Module, loader: Any, batch_free: bool, now: Progress
+    cfg: DictConfig,
+    plan: Plan,
+    source: Any,
+    model: nn.Module,
+    loader: Any,
+    batch_free: bool,
+    now: Progress,
 ) -> dict[str, Any]:
-    """The content of result.json. Accuracies in %, times in seconds; null after divergence."""
+    """The content of result.json. Accuracies in %, times in seconds; null after divergence.
+    `image_shape`, `classes` and `pixels` are what it takes to use the network without the data."""
     device = next(model.parameters()).device
     rows = [r for r in now.rows if r["test_top1"] != ""]
     diverged = now.diverged
@@ -109,6 +116,9 @@ def result(
         "batch_free": batch_free,
         "train_images": len(loader.labels),
         "test_images": len(loader.test_labels),
+        "image_shape": [source.channels, source.size, source.size],
+        "classes": source.num_classes,
+        "pixels": {"mean": loader.mean, "std": loader.std},
         "images_per_second": now.update * plan.sgd_batch / max(now.train_seconds, 1e-9),
         "wall_seconds": now.wall_seconds,
         "peak_memory_bytes": memory,

@@ -118,7 +118,8 @@ class Run:
     def write_metrics(self, rows: list[dict[str, Any]]) -> None:
         """All rows since the first epoch, so that a resumed run has neither gaps nor doubles."""
         text = io.StringIO()
-        writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+        probed = {column: None for row in rows for column in row if column not in COLUMNS}
+        writer = csv.DictWriter(text, [*COLUMNS, *probed], restval="", lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
         write(self.folder / "metrics.csv", text.getvalue())
@@ -139,7 +140,7 @@ class Run:
         for i, file in enumerate(files, 1):
             try:
                 state = torch.load(file, map_location="cpu", weights_only=True)
-                if set(state) >= {"model", "optimizer", "progress", "rng", "threads"}:
+                if set(state) >= {"model", "optimizer", "scaler", "progress", "rng", "threads"}:
                     return state
                 raise EOFError
             except (

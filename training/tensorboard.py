@@ -32,7 +32,8 @@ class TensorBoard:
         self.writer.add_scalar("loss/update", value, update)
 
     def epoch(self, row: dict[str, Any]) -> None:
-        for column, tag in SCALARS.items():
+        probed = {column: column for column in row if column.startswith("probe/")}
+        for column, tag in (SCALARS | probed).items():
             if row[column] != "":
                 self.writer.add_scalar(tag, row[column], row["update"])
         self.writer.flush()

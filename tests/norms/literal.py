@@ -56,6 +56,9 @@ class EstBN:
             var = ((x - per_channel(self.mean)) ** 2).mean((0, 2, 3))
             self.mean = (1 - self.rate) * self.mean + self.rate * mean
             self.var = (1 - self.rate) * self.var + self.rate * var
+        return self.evaluate(x, weight, bias)
+
+    def evaluate(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         z = (x - per_channel(self.mean)) / per_channel(torch.sqrt(self.var + self.eps))
         return per_channel(weight) * z + per_channel(bias)
 
@@ -124,3 +127,105 @@ def center(weight: Tensor) -> Tensor:
 
 def conv(x: Tensor, weight: Tensor, bias: Tensor | None = None, **options) -> Tensor:
     return F.conv2d(x, weight, bias, **options)
+
+
+class MABNImageNet(MABN):
+    """The authors' training code: one call of `step` is an optimizer step of several batches."""
+
+    def __init__(self, channels: int, window: int, momentum=0.98, warmup=100, eps=1e-5):
+        super().__init__(channels, window, momentum, warmup, eps)
+        self.seen = 0
+        self.old_x2 = [torch.zeros(channels)] * window
+        self.old_gz = [torch.zeros(channels)] * window
+
+    def step(self, batches, dys, weight: Tensor, bias: Tensor):
+        """y, dx, dweight, dbias of all batches, as lists."""
+        self.iteration += 1
+        own = self.seen < self.window
+        r_is_one = self.iteration < self.warmup
+        results, chis = [], []
+        for x, dy in zip(batches, dys, strict=True):
+            x2 = (x * x).mean((0, 2, 3))
+            self.old_x2 = [*self.old_x2[1:], x2]
+            chi = x2 if own else torch.stack(self.old_x2).mean(0)
+            chis.append(chi)
+            r = torch.sqrt(chi + self.eps) / torch.sqrt(self.running + self.eps)
+            r = torch.ones_like(r) if r_is_one else r.clamp(1 / 5, 5)
+            z = x / per_channel(torch.sqrt(chi + self.eps))
+            g = dy * per_channel(weight) * per_channel(r)
+            gz = (g * z).mean((0, 2, 3))
+            self.old_gz = [*self.old_gz[1:], gz]
+            mean_gz = gz if own else torch.stack(self.old_gz).mean(0)
+            results.append(
+                (
+                    per_channel(weight) * per_channel(r) * z + per_channel(bias),
+                    (g - z * per_channel(mean_gz)) / per_channel(torch.sqrt(chi + self.eps)),
+                    (dy * per_channel(r) * z).sum((0, 2, 3)),
+                    dy.sum((0, 2, 3)),
+                )
+            )
+        mean = torch.stack(chis).mean(0)
+        if self.iteration == 1:
+            self.running = mean
+        self.running = self.momentum * self.running + (1 - self.momentum) * mean
+        self.seen += len(batches)
+        return zip(*results, strict=True)
+
+
+class BRN:
+    def __init__(self, channels: int, r_max, d_max, start, r_until, d_until, momentum, eps=1e-5):
+        self.mean, self.std = torch.zeros(channels), torch.ones(channels)
+        self.bounds = (r_max, d_max, start, r_until, d_until)
+        self.momentum, self.eps = momentum, eps
+        self.batches, self.batches_per_step = 0, 1
+
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        r_end, d_end, start, r_until, d_until = self.bounds
+        step = self.batches // self.batches_per_step
+        rise = [min(1, max(0, (step - start) / (u - start))) for u in (r_until, d_until)]
+        r_max, d_max = 1 + (r_end - 1) * rise[0], d_end * rise[1]
+        mean = x.mean((0, 2, 3))
+        std = torch.sqrt(((x - per_channel(mean)) ** 2).mean((0, 2, 3)) + self.eps)
+        with torch.no_grad():
+            r = (std / self.std).clamp(1 / r_max, r_max)
+            d = ((mean - self.mean) / self.std).clamp(-d_max, d_max)
+            self.mean = self.mean + self.momentum * (mean - self.mean)
+            self.std = self.std + self.momentum * (std - self.std)
+        self.batches += 1
+        z = (x - per_channel(mean)) / per_channel(std) * per_channel(r) + per_channel(d)
+        return per_channel(weight) * z + per_channel(bias)
+
+    def evaluate(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        z = (x - per_channel(self.mean)) / per_channel(self.std)
+        return per_channel(weight) * z + per_channel(bias)
+
+
+def frn(x: Tensor, weight: Tensor, bias: Tensor, tau: Tensor | None = None, eps=1e-5) -> Tensor:
+    nu2 = (x**2).mean((2, 3), keepdim=True)
+    y = per_channel(weight) * x / torch.sqrt(nu2 + eps) + per_channel(bias)
+    return y if tau is None else torch.maximum(y, per_channel(tau))
+
+
+def evonorm_s0(x: Tensor, weight: Tensor, bias: Tensor, v: Tensor, groups: int, eps=1e-5) -> Tensor:
+    parts = x.unflatten(1, (groups, -1))
+    mean = parts.mean((2, 3, 4), keepdim=True)
+    std = torch.sqrt(((parts - mean) ** 2).mean((2, 3, 4), keepdim=True) + eps)
+    top = (x * torch.sigmoid(per_channel(v) * x)).unflatten(1, (groups, -1))
+    return per_channel(weight) * (top / std).flatten(1, 2) + per_channel(bias)
+
+
+class EvoNormB0:
+    def __init__(self, channels: int, momentum=0.1, eps=1e-3):
+        self.var, self.momentum, self.eps = torch.ones(channels), momentum, eps
+
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor, v: Tensor) -> Tensor:
+        var = ((x - x.mean((0, 2, 3), keepdim=True)) ** 2).mean((0, 2, 3))
+        n = x.numel() // x.shape[1]
+        self.var = (1 - self.momentum) * self.var + self.momentum * var.detach() * n / (n - 1)
+        return self.formula(x, var, weight, bias, v)
+
+    def formula(self, x, var, weight, bias, v):
+        own = ((x - x.mean((2, 3), keepdim=True)) ** 2).mean((2, 3), keepdim=True)
+        right = per_channel(v) * x + torch.sqrt(own + self.eps)
+        bottom = torch.maximum(per_channel(torch.sqrt(var + self.eps)), right)
+        return per_channel(weight) * x / bottom + per_channel(bias)

@@ -1,5 +1,7 @@
 """Each layer equals its literal float64 form: forward, gradients and state over several steps."""
 
+import copy
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -8,6 +10,7 @@ from torch import nn
 
 from norms import (
     BatchChannelNorm2d,
+    BatchRenorm2d,
     CenteredConv2d,
     EstimatedBatchNorm2d,
     GhostBatchNorm2d,
@@ -15,6 +18,7 @@ from norms import (
     PWSConv2d,
     WSConv2d,
     build,
+    names,
 )
 from norms.gn import fit_groups
 from tests.norms import literal
@@ -22,8 +26,8 @@ from tests.norms import literal
 pytestmark = pytest.mark.usefixtures("as_default")
 
 
-def close(a, b):
-    torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+def close(a, b, tolerance=1e-9):
+    torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
 def randomize(layer: nn.Module) -> None:
@@ -32,8 +36,12 @@ def randomize(layer: nn.Module) -> None:
             p.copy_(torch.randn_like(p) * 0.5 + 1)
 
 
-def compare(layer, reference, groups, size, channels, steps, maps=(3, 5)):
+def compare(layer, reference, groups, size, channels, steps, maps=(3, 5), tolerance=1e-9):
     """`steps` training steps of `groups` batches at once against the literal form, one by one."""
+
+    def close(a, b):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
     randomize(layer)
     for _ in range(steps):
         x = torch.randn(groups * size, channels, *maps) * 2 + 0.5
@@ -49,7 +57,8 @@ def compare(layer, reference, groups, size, channels, steps, maps=(3, 5)):
         close(y1, y2)
         close(x1.grad, x2.grad)
         for p1, p2 in zip(layer.parameters(), parameters, strict=True):
-            close(p1.grad, p2.grad)
+            if p1.requires_grad:
+                close(p1.grad, p2.grad)
 
 
 @settings(max_examples=25, deadline=None)
@@ -79,11 +88,12 @@ def test_bn_of_one_batch_is_pytorchs():
     size=st.integers(1, 3),
     channel_groups=st.integers(1, 3),
     width=st.integers(1, 3),
+    rate=st.sampled_from([None, 0.0, 0.01, 1.0]),
 )
-def test_bcn(groups, size, channel_groups, width):
+def test_bcn(groups, size, channel_groups, width, rate):
     channels = channel_groups * width
-    layer = BatchChannelNorm2d(channels, channel_groups, size)
-    bn = literal.BN(channels)
+    layer = BatchChannelNorm2d(channels, channel_groups, size, rate=rate)
+    bn = literal.BN(channels) if rate is None else literal.EstBN(channels, rate)
 
     def reference(x, weight, bias, bn_weight, bn_bias):
         return literal.channel_norm(bn(x, bn_weight, bn_bias), channel_groups, weight, bias)
@@ -104,6 +114,35 @@ def test_estimated_bn(groups, size, rate):
     compare(layer, reference, groups, size, 4, steps=3)
     close(layer.running_mean, reference.mean)
     close(layer.running_var, reference.var)
+    x = torch.randn(3, 4, 2, 2)
+    close(layer.eval()(x), reference.evaluate(x, layer.weight, layer.bias))
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    groups=st.integers(1, 5),
+    size=st.integers(1, 4),
+    per_step=st.integers(1, 6),
+    fixed=st.booleans(),
+    start=st.integers(0, 4),
+)
+def test_brn(groups, size, per_step, fixed, start):
+    bounds = dict(r_max=1.5, d_max=0.5, start=start, r_until=start + 9, d_until=start + 4)
+    layer = BatchRenorm2d(3, size, per_step, **bounds, fixed_weight=fixed, momentum=0.2)
+    reference = literal.BRN(3, **bounds, momentum=0.2)
+    reference.batches_per_step = per_step
+    compare(layer, reference, groups, size, 3, steps=5)
+    close(layer.running_mean, reference.mean)
+    close(layer.running_std, reference.std)
+    assert layer.num_batches_tracked == reference.batches == 5 * groups
+    x = torch.randn(3, 3, 2, 2)
+    close(layer.eval()(x), reference.evaluate(x, layer.weight, layer.bias))
+
+
+def test_brn_is_batch_norm_before_its_schedule_starts():
+    ours, theirs = BatchRenorm2d(4, 2, fixed_weight=False), nn.BatchNorm2d(4)
+    x = torch.randn(2, 4, 3, 3)
+    close(ours(x), theirs(x))
 
 
 @settings(max_examples=20, deadline=None)
@@ -156,6 +195,65 @@ def check_mabn(groups, size, real, warmup, steps, start):
     close(layer.running_square, reference.running)
     assert layer.num_batches_tracked == start + steps * groups
     close(layer.eval()(x), reference.evaluate(x, layer.weight, layer.bias))
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    passes=st.integers(1, 4),
+    groups=st.integers(1, 4),
+    size=st.integers(1, 3),
+    real=st.sampled_from([1, 4, 7, 16]),
+    warmup=st.integers(0, 5),
+)
+def test_mabn_imagenet_version(passes, groups, size, real, warmup):
+    """A step in one forward pass or in several, against the authors' step by step form."""
+    check_mabn_imagenet(passes, groups, size, real, warmup)
+
+
+def test_mabn_imagenet_version_as_its_authors_ran_it():
+    """Batches of 2, 32 images a step and a window of 16: after the first step it is always full."""
+    check_mabn_imagenet(passes=1, groups=16, size=2, real=32, warmup=3)
+
+
+def check_mabn_imagenet(passes, groups, size, real, warmup):
+    channels, window = 3, max(1, -(-real // size))
+    options = dict(momentum=0.9, warmup=warmup)
+    layer = MABN2d(
+        channels, size, real, **options, version="imagenet", batches_per_step=passes * groups
+    )
+    reference = literal.MABNImageNet(channels, window, **options)
+    randomize(layer)
+    for _ in range(6):
+        x = torch.randn(passes * groups * size, channels, 3, 2) * torch.rand(1) * 4
+        dy = torch.randn_like(x)
+        layer.zero_grad()
+        ys, dxs = [], []
+        for part, grad in zip(x.split(groups * size), dy.split(groups * size), strict=True):
+            part = part.clone().requires_grad_()
+            y = layer(part)
+            y.backward(grad)
+            ys.append(y)
+            dxs.append(part.grad)
+        with torch.no_grad():
+            expected = reference.step(x.split(size), dy.split(size), layer.weight, layer.bias)
+            y, dx, dweight, dbias = expected
+        close(torch.cat(ys), torch.cat(y))
+        close(torch.cat(dxs), torch.cat(dx))
+        close(layer.weight.grad, sum(dweight))
+        close(layer.bias.grad, sum(dbias))
+        close(layer.running_square, reference.running)
+    close(layer.eval()(x), reference.evaluate(x, layer.weight, layer.bias))
+
+
+def test_mabn_imagenet_version_takes_each_pass_for_a_step_where_nothing_else_is_said():
+    free, told = (
+        MABN2d(2, 2, 4, version="imagenet", batches_per_step=b).eval().train() for b in (None, 3)
+    )
+    for _ in range(3):
+        x = torch.randn(6, 2, 2, 2)
+        close(free(x), told(x))
+    with pytest.raises(ValueError, match="forward pass of 2 batches does not divide a step of 3"):
+        told(x[:4])
 
 
 def test_mabn_clips_its_renormalization():
@@ -239,9 +337,20 @@ def test_conv_gradcheck(make):
     assert torch.autograd.gradcheck(lambda x, *_: layer(x), (x, *layer.parameters()))
 
 
-@pytest.mark.parametrize("name", ["bn", "bcn"])
+GRADCHECKED = {
+    "bn": {},
+    "bcn": {"statistics": "batch"},
+    "gn": {"groups": 2},
+    "ln": {},
+    "in": {},
+    "sync_bn": {},
+}
+
+
+@pytest.mark.parametrize("name", GRADCHECKED)
 def test_norm_gradcheck(name):
-    layer = build(name, batch_size=2).norm(4)
+    """Those whose gradient is that of their forward pass; BRN, EstBN and MABN cut it on purpose."""
+    layer = build(name, batch_size=4 if name == "sync_bn" else 2, **GRADCHECKED[name]).norm(4)
     x = torch.randn(4, 4, 2, 2, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x, *_: layer(x), (x, *layer.parameters()))
 
@@ -281,35 +390,89 @@ def test_group_norm_is_contiguous_and_per_sample():
     compare(layer, reference, 1, 2, 12, steps=1)
 
 
-@pytest.mark.parametrize("name", ["bn", "mabn", "bcn"])
+def test_layer_and_instance_norm():
+    for name, groups in (("ln", 1), ("in", 12)):
+        one = torch.ones(groups)
+
+        def reference(x, weight, bias, groups=groups, one=one):
+            z = literal.channel_norm(x, groups, one, one * 0)
+            return z * literal.per_channel(weight) + literal.per_channel(bias)
+
+        compare(build(name).norm(12), reference, 1, 3, 12, steps=1)
+
+
+@pytest.mark.parametrize(
+    ("channels", "per_group", "groups"),
+    [(64, 16, 4), (48, 16, 3), (40, 16, 2), (8, 16, 1), (12, 1, 12)],
+)
+def test_channels_per_group(channels, per_group, groups):
+    assert build("gn", channels_per_group=per_group).norm(channels).num_groups == groups
+
+
+SINGLE = 1e-5  # timm's layers take their statistics in float32
+
+
+def test_frn():
+    scheme = build("frn")
+    compare(scheme.norm(4), literal.frn, 1, 3, 4, steps=1, tolerance=SINGLE)
+    compare(scheme.norm_act(4), literal.frn, 1, 3, 4, steps=1, tolerance=SINGLE)
+
+
+def test_evonorm_s0():
+    def reference(x, weight, bias, v):
+        return literal.evonorm_s0(x, weight, bias, v, groups=4)
+
+    layer = build("evonorm_s0", groups=4).norm_act(12)
+    compare(layer, reference, 1, 3, 12, steps=1, tolerance=SINGLE)
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+def test_evonorm_b0(groups):
+    layer, reference = build("evonorm_b0", batch_size=2).norm_act(4), literal.EvoNormB0(4)
+    compare(layer, reference, groups, 2, 4, steps=3, tolerance=SINGLE)
+    close(layer.running_var, reference.var, SINGLE)
+    x = torch.randn(3, 4, 2, 2)
+    parameters = list(layer.parameters())
+    close(layer.eval()(x), reference.formula(x, reference.var, *parameters), SINGLE)
+
+
+@pytest.mark.parametrize("name", ["bn", "mabn", "bcn", "brn", "evonorm_b0"])
 def test_images_that_do_not_fill_a_group_are_refused(name):
-    layer = build(name, batch_size=3).norm(4)
+    scheme = build(name, batch_size=3)
+    layer = (scheme.norm_act or scheme.norm)(4)
     with pytest.raises(ValueError, match="groups of batch size 3"):
         layer(torch.randn(4, 4, 2, 2))
 
 
-@pytest.mark.parametrize("name", ["bn", "bcn"])
+@pytest.mark.parametrize("name", ["bn", "bcn", "brn", "sync_bn", "in", "evonorm_b0"])
 def test_one_value_has_no_variance(name):
-    layer = build(name, batch_size=1).norm(4)
+    options = {"statistics": "batch"} if name == "bcn" else {}
+    scheme = build(name, batch_size=1, **options)
+    layer = (scheme.norm_act or scheme.norm)(4)
     with pytest.raises(ValueError, match="no variance"):
-        layer(torch.randn(2, 4, 1, 1))
-    layer.eval()(torch.randn(2, 4, 1, 1))
+        layer(torch.randn(1, 4, 1, 1))
+    if name != "in":
+        layer.eval()(torch.randn(1, 4, 1, 1))
 
 
-@pytest.mark.parametrize("name", ["bn", "bcn", "gn", "mabn"])
+@pytest.mark.parametrize("name", sorted(set(names()) - {"none", "pws"}))
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_statistics_are_float32(name, dtype):
     """Equal values far from zero: the mean of a map in half precision would be off by units."""
-    layer = build(name, batch_size=2).norm(32).float()
-    x = torch.full((4, 32, 32, 32), 1000.0) + torch.randn(4, 32, 1, 1)
+    scheme = build(name, batch_size=4 if name == "sync_bn" else 2)
+    layer = (scheme.norm_act or scheme.norm)(32).float()
+    offset = 100.0 if "evonorm" in name else 1000.0  # these do not remove it
+    x = torch.full((4, 32, 32, 32), offset) + torch.randn(4, 32, 1, 1)
     x = x.to(dtype)
-    expected = layer(x.float())
-    assert torch.allclose(layer(x).float(), expected, rtol=0.02, atol=0.02)
-    assert layer(x).dtype == dtype
+    expected = copy.deepcopy(layer)(x.float())
+    y = layer(x)
+    assert torch.allclose(y.float(), expected, rtol=0.02, atol=0.02)
+    assert y.dtype == dtype
+    assert all(b.dtype != dtype for b in layer.buffers())
 
 
-def test_init_alpha_gives_every_outer_convolution_variance_two():
-    scheme = build("pws", init_alpha=True)
+def test_initalpha_gives_every_outer_convolution_variance_two():
+    scheme = build("pws", initalpha=True)
     net = nn.Sequential(
         scheme.conv(3, 16, 3, padding=1),
         nn.ReLU(),

@@ -1,0 +1,73 @@
+"""EvoNorm-S0, norm and activation in one. Liu et al., arXiv 2004.02967; timm's layer.
+
+    y = gamma * x * sigmoid(v * x) / sqrt(var + eps) + beta
+
+with the biased variance over one image, all positions and C / G neighbouring channels; v, gamma and
+beta per channel. Where no activation follows, at the end of a residual branch, timm's layer leaves
+only gamma * x + beta, as in timm's own EvoNorm networks. Groups in narrow layers as in
+`norms/gn.py`.
+"""
+
+from functools import partial
+from typing import Any
+
+from timm.layers import EvoNorm2dS0
+from torch import Tensor, nn
+
+from norms.gn import check_groups, fit_groups
+from norms.moments import promote
+from norms.scheme import Scheme, conv, frozen_batch_norm
+
+
+class EvoNormS0(EvoNorm2dS0):
+    """timm's layer, in float32 for half precision; (N, C, H, W) -> (N, C, H, W)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(promote(x)).to(x.dtype)
+
+    @property
+    def num_groups(self) -> int:  # as an `nn.GroupNorm` has it
+        return self.groups
+
+    @property
+    def num_channels(self) -> int:
+        return len(self.weight)
+
+    def fold(self) -> nn.Module:
+        """What it computes in evaluation, in PyTorch's own layers: see `norms/fold.py`."""
+        return self if self.apply_act else frozen_batch_norm(self.weight, self.bias, None, None, 0)
+
+
+def check_acts(model: nn.Module, name: str) -> None:
+    """Raise `ValueError` if no norm of a converted network has its activation: then none norms."""
+    layers: list[Any] = [x for x in model.modules() if hasattr(x, "apply_act")]
+    if not any(x.apply_act for x in layers):
+        raise ValueError(
+            f"norm={name}: is norm and activation in one, and {type(model).__name__} keeps them "
+            f"apart; expected a network of timm with norm-activation layers, such as regnetx_002"
+        )
+
+
+def layer(channels: int, groups: int, min_channels: int, **options) -> EvoNormS0:
+    return EvoNormS0(channels, fit_groups(channels, groups, min_channels), **options)
+
+
+def scheme(
+    batch_size: int | None = None, groups: int = 32, min_channels: int = 2, eps: float = 1e-5
+) -> Scheme:
+    """Plain convolutions and timm's `EvoNorm2dS0`."""
+    norm = partial(layer, groups=groups, min_channels=min_channels, eps=eps)
+    check_fit = check_groups(groups, min_channels)
+
+    def check(model: nn.Module) -> None:
+        check_acts(model, "evonorm_s0")
+        check_fit(model)
+
+    return Scheme(
+        name="evonorm_s0",
+        conv=partial(conv, nn.Conv2d),
+        norm=partial(norm, apply_act=False),
+        norm_act=norm,
+        batch_free=True,
+        check=check,
+    )

@@ -1,0 +1,16 @@
+"""No normalization at all: y = conv(x, W) + beta. The lower bound of every table.
+
+He initialization (arXiv 1502.01852) keeps the variance through a plain stack; along a residual
+trunk it doubles with every block.
+"""
+
+from functools import partial
+
+from torch import nn
+
+from norms.scheme import Scheme, biased_conv, identity
+
+
+def scheme(batch_size: int | None = None) -> Scheme:
+    """Plain convolutions with bias, and nothing behind them."""
+    return Scheme(name="none", conv=partial(biased_conv, nn.Conv2d), norm=identity, batch_free=True)

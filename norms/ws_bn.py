@@ -1,0 +1,27 @@
+"""Weight standardization with batch norm. Qiao et al., arXiv 1903.10520.
+
+The convolutions of `norms/ws_gn.py`, with the batch norm of `norms/bn.py` behind them: the paper's
+BN+WS rows. Standardized weights do not mend a small batch, since the statistics stay the batch's.
+"""
+
+from functools import partial
+
+from norms.bn import GhostBatchNorm2d
+from norms.scheme import Scheme, conv
+from norms.ws_gn import WSConv2d
+
+
+def scheme(
+    batch_size: int | None = None,
+    eps: float = 1e-5,
+    momentum: float = 0.1,
+    ws_eps: float = 1e-5,
+    unbiased: bool = True,
+    eps_inside: bool = False,
+) -> Scheme:
+    """Standardized convolutions and batch norm."""
+    return Scheme(
+        name="ws_bn",
+        conv=partial(conv, partial(WSConv2d, eps=ws_eps, unbiased=unbiased, eps_inside=eps_inside)),
+        norm=partial(GhostBatchNorm2d, batch_size=batch_size, eps=eps, momentum=momentum),
+    )

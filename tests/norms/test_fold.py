@@ -1,0 +1,136 @@
+"""The folded network computes the same, and what can be folded is gone."""
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+import models
+import norms
+from models.resnet import Bottleneck, ResNet
+
+OPTIONS = {"gn": {"min_channels": 1}, "ws_gn": {"min_channels": 1}, "bcn": {"min_channels": 1}}
+OPTIONS["evonorm_s0"] = {"min_channels": 1}
+# Of the image itself: nothing to fold. (EvoNorms without activation are a scale and a shift.)
+STAY = {"gn", "ln", "in", "ws_gn", "frn", "evonorm_s0", "evonorm_b0", "none"}
+
+
+def trained(name, network, library=None, size=32, batch=2, **options):
+    """A network whose running statistics and affine parameters are not those of its start."""
+    scheme = norms.build(name, batch_size=batch, **OPTIONS.get(name, {}), **options)
+    if network == "bottleneck":
+        model = ResNet(
+            scheme, 5, 3, Bottleneck, (8, 16), (2, 1), "imagenet", False, scheme.block, False
+        )
+    else:
+        model = models.build(network, scheme=scheme, num_classes=5, library=library)
+    for layer in model.modules():  # the statistics of the last batches
+        if hasattr(layer, "momentum") and not isinstance(layer, norms.MABN2d):
+            layer.momentum = 0.5
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.1 * torch.randn_like(p) * (1 + p.abs())
+        for _ in range(4):
+            model(torch.randn(batch, 3, size, size))
+    return model
+
+
+def same(model, folded, size=32, tolerance=1e-9):
+    x = torch.randn(3, 3, size, size)
+    with torch.no_grad():
+        expected, y = model.eval()(x), folded(x)
+    assert (y - expected).abs().max() <= tolerance * expected.abs().max()
+
+
+@pytest.mark.parametrize("name", norms.names())
+@pytest.mark.parametrize("network", ["resnet8", "bottleneck"])
+def test_fold(name, network, as_default):
+    size = 64 if name == "in" else 32  # no maps of 1x1
+    model = trained(name, network, size=size)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    folded = norms.fold(model)
+    assert model.training
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert not any(m.training for m in folded.modules())
+    assert not any(p.requires_grad for p in folded.parameters())
+    same(model, folded, size, tolerance=1e-5 if "norm" in name or name == "frn" else 1e-9)
+    layers = list(folded.modules())
+    assert {type(m) for m in layers if isinstance(m, nn.Conv2d)} == {nn.Conv2d}
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in layers)
+    left = [m for m in layers if type(m).__name__.endswith(("Norm", "Norm2d", "S0", "B0"))]
+    if name not in STAY:
+        groups = [type(m) for m in left]
+        count = {"pws": 2, "bcn": len([m for m in model.modules() if hasattr(m, "bn")])}
+        assert groups == [nn.GroupNorm] * count.get(name, 0)
+
+
+@pytest.mark.parametrize("name", ["bn", "brn", "mabn", "pws", "bcn", "ws_gn"])
+@pytest.mark.parametrize(
+    ("library", "network"),
+    [
+        ("torchvision", "mobilenet_v2"),
+        ("timm", "efficientnet_lite0"),
+        ("timm", "regnetx_002"),
+    ],
+)
+def test_fold_converted(name, library, network):
+    model = trained(name, network, library, 64)
+    same(model, norms.fold(model), 64, tolerance=2e-3)  # float32: depthwise float64 is slow
+
+
+def test_a_norm_ahead_of_its_convolution_becomes_a_batch_norm():
+    model = trained("mabn", "densenet121", "torchvision")
+    folded = norms.fold(model)
+    block = folded.features.denseblock1.denselayer1
+    assert type(block.norm1) is nn.BatchNorm2d  # of the input, which other layers use too
+    assert type(block.norm2) is nn.Identity
+
+
+def test_a_convolution_with_two_users_is_not_merged(as_default):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 4, 3), norms.MABN2d(4, 2, warmup=0)
+
+        def forward(self, x):
+            x = self.conv(x)
+            return self.norm(x) + x
+
+    model = Net()
+    model(torch.randn(4, 3, 8, 8))
+    folded = norms.fold(model)
+    assert type(folded.norm) is nn.BatchNorm2d
+    same(model, folded, 8)
+
+
+def test_a_network_that_cannot_be_traced_is_told(as_default):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm = norms.CenteredConv2d(3, 4, 3), norms.MABN2d(4, 2)
+
+        def forward(self, x):
+            x = self.norm(self.conv(x))
+            return x if x.sum() > 0 else -x
+
+    model = Net()
+    with pytest.warns(UserWarning, match="Net cannot be traced"):
+        folded = norms.fold(model)
+    assert type(folded.conv) is nn.Conv2d
+    assert type(folded.norm) is nn.BatchNorm2d
+    same(model, folded, 8)
+
+
+def test_fold_plain_and_single_layers(as_default):
+    plain = torchvision.models.resnet18()
+    plain(torch.randn(2, 3, 32, 32))
+    folded = norms.fold(plain)
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in folded.modules())
+    same(plain, folded)
+    layer = norms.build("brn", batch_size=2).norm(3)
+    layer(torch.randn(2, 3, 4, 4))
+    assert type(norms.fold(layer)) is nn.BatchNorm2d
+    same(layer, norms.fold(layer), 4)
+    assert type(norms.fold(norms.PWSConv2d(3, 4, 3))) is nn.Conv2d
+    half = norms.fold(trained("mabn", "resnet8").to(torch.bfloat16))
+    assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
