@@ -14,7 +14,9 @@ is read once for both.
     z = w * (x - mu) / sqrt(var + eps) + b
 
 in training and evaluation alike, without gradients through the estimates. The authors' code never
-sets the rate r (it stays at 0, where nothing is estimated); ours is an argument without a default.
+sets the rate r (it stays at 0, where nothing is estimated). Ours is 0.01 per batch, and `auto`
+estimates up to batch size 4: both chosen on held-out images of CIFAR-10, see results/estbn. Groups
+in narrow layers as in `norms/gn.py`.
 """
 
 from functools import partial
@@ -41,7 +43,11 @@ class EstimatedBatchNorm2d(nn.Module):
     running_var: Tensor
 
     def __init__(
-        self, num_features: int, rate: float, batch_size: int | None = None, eps: float = 1e-5
+        self,
+        num_features: int,
+        rate: float = 0.01,
+        batch_size: int | None = None,
+        eps: float = 1e-5,
     ):
         super().__init__()
         self.num_features, self.batch_size = num_features, batch_size
@@ -149,7 +155,7 @@ class BatchChannelNorm2d(nn.Module):
         return f"{self.num_channels}, num_groups={self.num_groups}"
 
 
-MICRO_BATCH = 4  # the largest batch size whose own statistics `auto` does not trust
+MICRO_BATCH = 4  # the largest batch size whose own statistics `auto` does not trust: results/estbn
 
 
 def scheme(

@@ -5,8 +5,8 @@
 per output filter, over its n = C_in * k * k weights, without a gain; group norm follows. The
 authors' code behind the GN+WS numbers takes the unbiased deviation (n - 1) and adds eps = 1e-5
 outside the root; their BCN code (arXiv 1911.09738) adds it to the variance, inside; timm's
-`StdConv2d` and BiT take the biased variance and eps = 1e-6 inside. All are here; every convolution
-is standardized, the stem and the shortcuts included, the classifier is not.
+`StdConv2d` takes the biased variance and eps = 1e-6 inside (1e-8 in its BiT networks). All are
+here; every convolution is standardized, the stem and the shortcuts included, the classifier is not.
 """
 
 from functools import partial
