@@ -42,12 +42,19 @@ def read(run: Path, epoch: int | None) -> Curves:
     return curves
 
 
+def name(run: Path, runs: list[Path]) -> str:
+    """Of a run's folder, without the hash where that is enough to tell the runs apart."""
+    short = [r.name.rsplit("-", r.name.count("-") - 2)[0] for r in runs]
+    return short[runs.index(run)] if len(set(short)) == len(runs) else run.name
+
+
 def draw(runs: dict[str, Curves], file: Path) -> None:
     """A panel per statistic; raises `ValueError` if the runs do not have the same ones."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator
 
     first, *others = runs.values()
     statistics = [s for s in TITLES if s in first]
@@ -66,8 +73,15 @@ def draw(runs: dict[str, Curves], file: Path) -> None:
             axes.plot(values, color=colour, marker=marker, markersize=4, linewidth=1.3, label=name)
         if reference is not None:
             axes.axhline(reference, color="grey", linewidth=0.8, linestyle=":")
-        positive = all(v > 1e-6 for c in runs.values() for v in c[statistic].values())
-        axes.set_yscale("log" if positive else "symlog", **({} if positive else {"linthresh": 0.1}))
+        shown = [v for curves in runs.values() for v in curves[statistic].values()]
+        if 5 < max(shown) / max(min(shown), 1e-30) < 1000:  # 0, but for rounding, is no power of 10
+            axes.set_yscale("log")
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_formatter("")
+        else:
+            axes.set_ylim(bottom=0)
+        axes.tick_params("y", labelsize=7)
         axes.set_xticks(range(len(layers)), layers, rotation=90, fontsize=6)
         axes.set_title(title, fontsize=8, loc="left")
         axes.grid(axis="y", alpha=0.3)
@@ -91,7 +105,7 @@ def main() -> None:
     parser.add_argument("--epoch", type=int, help="which epoch (default: the last)")
     args = parser.parse_args()
     try:
-        draw({run.name: read(run, args.epoch) for run in args.runs}, args.out)
+        draw({name(run, args.runs): read(run, args.epoch) for run in args.runs}, args.out)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
