@@ -20,7 +20,7 @@ in narrow layers as in `norms/gn.py`.
 """
 
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -158,6 +158,10 @@ class BatchChannelNorm2d(nn.Module):
 MICRO_BATCH = 4  # the largest batch size whose own statistics `auto` does not trust: results/estbn
 
 
+def _layer(channels: int, groups: int, min_channels: int, **options) -> BatchChannelNorm2d:
+    return BatchChannelNorm2d(channels, fit_groups(channels, groups, min_channels), **options)
+
+
 def scheme(
     batch_size: int | None = None,
     groups: int = 32,
@@ -173,15 +177,12 @@ def scheme(
     micro = batch_size is not None and batch_size <= MICRO_BATCH
     estimated = statistics == "estimated" or (statistics == "auto" and micro)
 
-    def norm(channels: int) -> BatchChannelNorm2d:
-        fit = fit_groups(channels, groups, min_channels)
-        used = rate if estimated else None
-        return BatchChannelNorm2d(channels, fit, batch_size, eps, momentum, used)
-
+    used = rate if estimated else None
+    options: dict[str, Any] = dict(batch_size=batch_size, eps=eps, momentum=momentum, rate=used)
     return Scheme(
         name="bcn",
         conv=partial(conv, partial(WSConv2d, eps_inside=True)),
-        norm=norm,
+        norm=partial(_layer, groups=groups, min_channels=min_channels, **options),
         zero_init=True,
         check=check_groups(groups, min_channels),
     )

@@ -8,6 +8,7 @@ only gamma * x + beta, as in timm's own EvoNorm networks. Groups in narrow layer
 `norms/gn.py`.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -48,6 +49,11 @@ def check_acts(model: nn.Module, name: str) -> None:
         )
 
 
+def _check(model: nn.Module, fit: Callable[[nn.Module], None]) -> None:
+    check_acts(model, "evonorm_s0")
+    fit(model)
+
+
 def layer(channels: int, groups: int, min_channels: int, **options) -> EvoNormS0:
     return EvoNormS0(channels, fit_groups(channels, groups, min_channels), **options)
 
@@ -57,17 +63,11 @@ def scheme(
 ) -> Scheme:
     """Plain convolutions and timm's `EvoNorm2dS0`."""
     norm = partial(layer, groups=groups, min_channels=min_channels, eps=eps)
-    check_fit = check_groups(groups, min_channels)
-
-    def check(model: nn.Module) -> None:
-        check_acts(model, "evonorm_s0")
-        check_fit(model)
-
     return Scheme(
         name="evonorm_s0",
         conv=partial(conv, nn.Conv2d),
         norm=partial(norm, apply_act=False),
         norm_act=norm,
         batch_free=True,
-        check=check,
+        check=partial(_check, fit=check_groups(groups, min_channels)),
     )

@@ -9,11 +9,14 @@ norm, GN, LN, IN, FRN and the EvoNorms depend on the image and stay.
 
 import copy
 import warnings
+from collections import Counter
 from typing import Any
 
 from torch import fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.nn.utils.parametrize import is_parametrized
 
+from norms.convert import _activate
 from norms.scheme import frozen_batch_norm, replace_child
 
 
@@ -28,6 +31,12 @@ class _Tracer(fx.Tracer):
 
 def _is_norm(layer: nn.Module) -> bool:
     return isinstance(layer, nn.BatchNorm2d) or hasattr(layer, "fold")
+
+
+def _is_plain(layer: nn.Module) -> bool:
+    """Whether nothing that somebody added to the layer would be lost with it."""
+    hooks = [*layer._forward_hooks.values(), *layer._forward_pre_hooks.values()]
+    return all(hook is _activate for hook in hooks) and not is_parametrized(layer)
 
 
 def _convolutions_before(network: nn.Module) -> dict[str, str]:
@@ -45,12 +54,14 @@ def _convolutions_before(network: nn.Module) -> dict[str, str]:
         return {}
     calls = [node for node in graph.nodes if node.op == "call_module"]
     names = [str(node.target) for node in calls]
+    places = Counter(layer for _, layer in network.named_modules(remove_duplicate=False))
     pairs = {}
     for node in calls:
         before = node.args[0] if node.args else None
         if isinstance(before, fx.Node) and before.op == "call_module" and len(before.users) == 1:
             pair = str(node.target), str(before.target)
-            is_conv = isinstance(network.get_submodule(pair[1]), nn.Conv2d)
+            conv = network.get_submodule(pair[1])
+            is_conv = isinstance(conv, nn.Conv2d) and _is_plain(conv) and places[conv] == 1
             if is_conv and all(names.count(name) == 1 for name in pair):
                 pairs[pair[0]] = pair[1]
     return pairs
@@ -96,15 +107,15 @@ def fold(module: nn.Module) -> nn.Module:
 
     Same inputs, same outputs within float tolerance; parameters need no gradient, names of modules
     stay. A network that `torch.fx` cannot trace keeps its norms, as PyTorch's batch norms, and a
-    warning says so.
+    warning says so; layers to which somebody has added hooks or parametrizations stay as they are.
     """
     network = copy.deepcopy(module).eval()
     before = {f"net.{k}": f"net.{v}" for k, v in _convolutions_before(network).items()}
     root = nn.ModuleDict({"net": network})  # so that `module` itself can be a layer to replace
     for name, layer in list(root.named_modules()):
-        if hasattr(layer, "standardized"):
+        if hasattr(layer, "standardized") and _is_plain(layer):
             replace_child(root, name, _plain_conv(layer))
-    norms = [(name, x) for name, x in root.named_modules() if _is_norm(x)]
+    norms = [(name, x) for name, x in root.named_modules() if _is_norm(x) and _is_plain(x)]
     inside = tuple(f"{name}." for name, _ in norms)
     for name, layer in [(name, x) for name, x in norms if not name.startswith(inside)]:
         parts = _plain_norm(layer)

@@ -28,24 +28,37 @@ def fit_groups(channels: int, groups: int, min_channels: int = 2) -> int:
     return next((g for g in fits if channels % g == 0), 1)
 
 
+def whole(key: str, value: Any) -> None:
+    if not isinstance(value, int) or value < 1:
+        raise ValueError(f"norm.{key}={value}: expected a whole number from 1")
+
+
 def check_groups(groups: int, min_channels: int) -> Callable[[nn.Module], None]:
     """A check of the finished network: some layer has exactly the number of groups asked for."""
-    for key, value in (("groups", groups), ("min_channels", min_channels)):
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"norm.{key}={value}: expected a whole number from 1")
+    whole("groups", groups)
+    whole("min_channels", min_channels)
+    return partial(_check_groups, groups=groups, min_channels=min_channels)
 
-    def check(model: nn.Module) -> None:
-        layers: list[Any] = [x for x in model.modules() if hasattr(x, "num_groups")]
-        if layers and all(x.num_groups != groups for x in layers):
-            widths = sorted({x.num_channels for x in layers})
-            fits = {g for c in widths for g in range(1, c // min_channels + 1) if c % g == 0}
-            raise ValueError(
-                f"norm.groups={groups}: fits no layer (channels {', '.join(map(str, widths))}; at "
-                f"least norm.min_channels={min_channels} to a group); allowed: "
-                f"{', '.join(map(str, sorted(fits)))}"
-            )
 
-    return check
+def _check_groups(model: nn.Module, groups: int, min_channels: int) -> None:
+    layers: list[Any] = [x for x in model.modules() if hasattr(x, "num_groups")]
+    if layers and all(x.num_groups != groups for x in layers):
+        widths = sorted({x.num_channels for x in layers})
+        fits = {g for c in widths for g in range(1, c // min_channels + 1) if c % g == 0}
+        raise ValueError(
+            f"norm.groups={groups}: fits no layer (channels {', '.join(map(str, widths))}; at "
+            f"least norm.min_channels={min_channels} to a group); allowed: "
+            f"{', '.join(map(str, sorted(fits)))}"
+        )
+
+
+def _check_channels(model: nn.Module, channels_per_group: int) -> None:
+    widths = [x.num_channels for x in model.modules() if isinstance(x, nn.GroupNorm)]
+    if widths and max(widths) < channels_per_group:
+        raise ValueError(
+            f"norm.channels_per_group={channels_per_group}: no layer has so many channels; "
+            f"expected at most {max(widths)}"
+        )
 
 
 def group_norm(channels: int, groups: int, min_channels: int, eps: float) -> nn.GroupNorm:
@@ -60,13 +73,11 @@ def scheme(
     eps: float = 1e-5,
 ) -> Scheme:
     """Plain convolutions and group norm, by `groups` or, if given, `channels_per_group`."""
-    check: Callable[[nn.Module], None] | None = check_groups(groups, min_channels)
+    check = check_groups(groups, min_channels)
     if channels_per_group is not None:
-        if not isinstance(channels_per_group, int) or channels_per_group < 1:
-            raise ValueError(
-                f"norm.channels_per_group={channels_per_group}: expected a whole number from 1"
-            )
-        groups, min_channels, check = 2**31, channels_per_group, None
+        whole("channels_per_group", channels_per_group)
+        check = partial(_check_channels, channels_per_group=channels_per_group)
+        groups, min_channels = 2**31, channels_per_group
     return Scheme(
         name="gn",
         conv=partial(conv, nn.Conv2d),

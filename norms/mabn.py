@@ -69,21 +69,20 @@ def _release(layer: "MABN2d", square: Tensor) -> tuple[Tensor, Tensor, Tensor, T
 
 def _imagenet(layer: "MABN2d", square: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The same in the other version."""
-    groups = len(square)
-    size = layer.batches_per_step or groups
-    if size % groups:
-        raise ValueError(f"a forward pass of {groups} batches does not divide a step of {size}")
-    seen = layer.num_batches_tracked
-    steps = seen // size  # optimizer steps behind us
-    own = (steps * size < layer.window_square.shape[0]).expand(groups)
+    groups, inside = len(square), layer.batches_in_step
+    steps = layer.num_steps_tracked.clone()
+    own = (layer.num_batches_tracked - inside < layer.window_square.shape[0]).expand(groups)
     chi = _window_mean(layer.window_square, square, own)
     running = layer.running_square.clone()
     layer.step_square.add_(chi.sum(0))
-    mean = layer.step_square / size
+    inside.add_(groups)
+    ends = inside >= (layer.batches_per_step or groups)
+    mean = layer.step_square / inside
     moved = torch.where(steps == 0, mean, torch.lerp(mean, running, layer.momentum))
-    ends = (seen + groups) % size == 0
     layer.running_square.copy_(torch.where(ends, moved, running))
     layer.step_square.copy_(torch.where(ends, 0.0, layer.step_square))
+    inside.copy_(torch.where(ends, 0, inside))
+    layer.num_steps_tracked.add_(ends)
     return chi, running[None], steps + 1 >= layer.warmup, own
 
 
@@ -123,7 +122,7 @@ class _MABN(torch.autograd.Function):
 
 
 class MABN2d(nn.Module):
-    """MABN over groups of `batch_size` images (None: all of a batch).
+    """MABN over groups of `batch_size` images (None: all of a batch, which then is the window).
 
     Shapes: (N, C, H, W) -> (N, C, H, W); in training N must be a multiple of `batch_size`, else
     `ValueError`. The window holds max(1, ceil(moving_average_batch_size / batch_size)) batches;
@@ -136,6 +135,8 @@ class MABN2d(nn.Module):
     window_square: Tensor
     window_product: Tensor
     step_square: Tensor
+    batches_in_step: Tensor
+    num_steps_tracked: Tensor
     num_batches_tracked: Tensor
 
     def __init__(
@@ -163,6 +164,8 @@ class MABN2d(nn.Module):
         self.register_buffer("window_product", torch.zeros(window, num_features))
         if version == "imagenet":
             self.register_buffer("step_square", torch.zeros(num_features))
+            self.register_buffer("batches_in_step", torch.tensor(0))
+            self.register_buffer("num_steps_tracked", torch.tensor(0))
         self.register_buffer("num_batches_tracked", torch.tensor(0))
 
     def forward(self, x: Tensor) -> Tensor:

@@ -85,8 +85,13 @@ def initialize_alpha(model: nn.Module, images: Tensor) -> None:
     converted network all convolutions count as outer ones.
     """
 
+    done = set()
+
     def rescale(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         assert isinstance(layer, PWSConv2d)
+        if layer in done:  # used twice in the network: the first use counts
+            return output
+        done.add(layer)
         layer.alpha.fill_((2 / promote(output).var()).sqrt())
         return layer.forward(*inputs)
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 import training.cli
 
@@ -13,6 +14,8 @@ ROOT = Path(__file__).parent.parent
 # Numbers of threads change last bits, and tests run side by side.
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
+settings.register_profile("same_every_time", derandomize=True, deadline=None)
+settings.load_profile("same_every_time")
 
 
 @pytest.fixture(autouse=True)

@@ -124,8 +124,13 @@ def run_name(cfg: DictConfig) -> str:
 
 
 def check_precision(cfg: DictConfig, loss_scaling: bool) -> None:
-    """Raise `ValueError` where float16 would put a changing factor on gradients that a scheme
-    averages over batches."""
+    """Raise `ValueError` where float16 would put a changing factor on gradients that a scheme or a
+    probe averages over batches."""
+    if cfg.recipe.precision == "float16" and cfg.probe.name == "batch_statistics":
+        raise ValueError(
+            "recipe.precision=float16: its loss scale changes between updates, and "
+            "probe=batch_statistics averages gradients over them; expected float32 or bfloat16"
+        )
     if cfg.recipe.precision == "float16" and not loss_scaling:
         raise ValueError(
             f"recipe.precision=float16: its loss scale changes between updates, and norm="

@@ -99,7 +99,9 @@ class Probe:
 
 
 class BatchStatistics(Probe):
-    """BN's four batch statistics, in whatever norm: of its input x, over batches of `batch` images,
+    """BN's four batch statistics in every norm with a gain per channel and no activation of its
+    own (of `bcn` the batch norm cannot be seen from outside): of its input x, over batches of
+    `batch` images,
 
         mu = mean(x)    var = mean((x - mu)^2)          z = (x - mu) / sqrt(var + eps)
         phi = mean(g)   psi = mean(g * z)               g = weight * dL/dy
@@ -111,13 +113,14 @@ class BatchStatistics(Probe):
     """
 
     name = "batch_statistics"
-    needs = "no norm with a weight per channel"
+    needs = "no norm of maps with a weight per channel and without activation"
     eps = 1e-5
 
     def fits(self, layer: Any) -> bool:
         weight = getattr(layer, "weight", None)
-        is_norm = weight is not None and weight.dim() == 1 and not getattr(layer, "bn", None)
-        return is_norm and not getattr(layer, "apply_act", False)
+        channels = getattr(layer, "num_features", getattr(layer, "num_channels", None))
+        other = isinstance(layer, nn.BatchNorm1d | nn.BatchNorm3d) or hasattr(layer, "apply_act")
+        return isinstance(weight, Tensor) and weight.shape == (channels,) and not other
 
     def hook(self, name: str) -> Callable[..., None]:
         def forward(layer: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:

@@ -48,7 +48,8 @@ def test_equals_torchvision(name):
 @pytest.mark.parametrize("name", ["resnet8", "resnet18_cifar", "resnet50"])
 @pytest.mark.parametrize("scheme", norms.names())
 def test_names_are_the_same_under_every_scheme(name, scheme):
-    model, reference = build(name, scheme), build(name, "bn")
+    with torch.device("meta"):
+        model, reference = build(name, scheme), build(name, "bn")
 
     def weights(m):
         return [n for n, p in m.named_parameters() if "conv" in n and n.endswith("weight")]
@@ -63,10 +64,12 @@ def test_names_are_the_same_under_every_scheme(name, scheme):
 
 @pytest.mark.parametrize("scheme", norms.names())
 @pytest.mark.parametrize("name", ["resnet8", "resnet18", "resnet50", "resnet18_cifar"])
-@pytest.mark.parametrize("block", ["auto", "post", "pws"])
+@pytest.mark.parametrize("block", ["post", "pws", "pws_tf"])
 def test_trains_under_every_scheme(name, scheme, block):
     images = 2 if scheme == "sync_bn" else 4  # which takes one batch at a time
-    models.rehearse(build(name, scheme, block=block), (images, 3, 64, 64), 10)
+    with torch.device("meta"):
+        model = build(name, scheme, block=block)
+    models.rehearse(model, (images, 3, 64, 64), 10)
 
 
 def test_pws_keeps_a_norm_at_both_ends():
@@ -82,10 +85,10 @@ def test_pws_keeps_a_norm_at_both_ends():
 
 
 def test_block_orders(as_default):
-    """Both orders by hand, with and without a shortcut that convolves."""
+    """The orders by hand, with and without a shortcut that convolves."""
     x = torch.randn(2, 64, 8, 8)
     relu = torch.relu
-    for order in ("post", "pws"):
+    for order in ("post", "pws", "pws_tf"):
         model = models.build("resnet18_cifar", scheme=norms.build("bn"), num_classes=3, block=order)
         plain, down = model.layer1[0], model.layer2[0]
 
@@ -95,10 +98,37 @@ def test_block_orders(as_default):
         if order == "post":
             expected = relu(branch(plain, x) + x), relu(branch(down, x) + down.downsample(x))
         else:
-            r = relu(x)
+            r = relu(x / 2**0.5) if order == "pws_tf" else relu(x)
             expected = branch(plain, r) + x, branch(down, r) + down.downsample(r)
         torch.testing.assert_close(plain(x), expected[0])
         torch.testing.assert_close(down(x), expected[1])
+
+
+def test_the_tensorflow_form_of_pws_has_no_norm_at_all(as_default):
+    scheme = norms.build("pws", form="tensorflow")
+    model = models.build("resnet8", scheme=scheme, num_classes=3)
+    assert not any(isinstance(m, nn.GroupNorm) for m in model.modules())
+    weight = model.layer3[0].conv2.weight
+    assert weight.abs().max() <= (6 / (64 * 9)) ** 0.5  # uniform, of variance 2 / fan_in
+    assert weight.std().item() == pytest.approx((2 / (64 * 9)) ** 0.5, rel=0.02)
+    x = torch.randn(2, 3, 8, 8)
+    last = torch.relu(model.layer3(model.layer2(model.layer1(model.conv1(x)))) / 2**0.5)
+    torch.testing.assert_close(model(x), model.fc(last.mean((2, 3))))
+
+
+def test_a_norm_with_its_own_activation_stands_for_norm_and_relu(as_default):
+    """Inside a branch and after the stem; the end of a branch has none, the sum has its ReLU."""
+    model = models.build("resnet18_cifar", scheme=norms.build("frn"), num_classes=3)
+    acts = {n for n, m in model.named_modules() if getattr(m, "apply_act", False)}
+    norm_names = {n for n, m in model.named_modules() if hasattr(m, "apply_act")}
+    assert acts == {n for n in norm_names if n.endswith("norm1")}
+    nn.init.constant_(model.norm1.tau, -1.0)  # a ReLU behind it would cut at 0
+    block = model.layer1[0]
+    x = torch.randn(2, 64, 8, 8)
+    branch = block.norm2(block.conv2(block.norm1(block.conv1(x))))
+    torch.testing.assert_close(block(x), torch.relu(branch + x))
+    stem = model.norm1(model.conv1(torch.randn(2, 3, 8, 8)))
+    assert stem.min() < 0
 
 
 def test_shortcut_without_parameters():

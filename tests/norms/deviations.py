@@ -1,6 +1,6 @@
 """How far every method and variant is from its literal float64 form, as a table.
 
-    python -m tests.norms.deviations > docs/methods/deviations.md
+    python -m tests.norms.deviations > docs/deviations.md
 
 Largest relative deviations, max |ours - literal| / max |literal|, of output, gradients (input and
 every parameter) and running state, over six training steps of four batches of two images that pass
@@ -190,7 +190,7 @@ def main() -> None:
         "",
         f"Made by `python -m tests.norms.deviations` (torch {torch.__version__}, CPU, float64):",
         "largest relative deviations from the literal form in "
-        "[tests/norms/literal.py](../../tests/norms/literal.py),",
+        "[tests/norms/literal.py](../tests/norms/literal.py),",
         f"over {STEPS} steps of {GROUPS} batches of {SIZE} images that pass at once, while the "
         "literal form takes them",
         "one by one. timm's layers take their statistics in float32, whatever their input is.",

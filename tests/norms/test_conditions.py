@@ -29,10 +29,6 @@ class Pair(nn.Sequential):
         norm = (self.scheme.norm_act or self.scheme.norm)(cout)
         super().__init__(conv, norm)
 
-    def __reduce_ex__(self, protocol):
-        self.__dict__.pop("scheme", None)  # its functions need not be pickled
-        return super().__reduce_ex__(protocol)
-
 
 def images(name, batch, size=6, **options):
     """Two batches, or one for `sync_bn`, which knows no ghost batches."""
@@ -69,10 +65,10 @@ def test_shapes(name, batch, height, width, kernel, stride, dilation, groups):
     """Odd sizes, maps of 1x1, strides, dilation and groups: the plain convolution's shape, finite
     numbers and gradients, the same in both memory formats, in training and evaluation."""
     options = dict(stride=stride, dilation=dilation, groups=groups, padding=1)
-    layer = Pair(name, batch, kernel=kernel, **options)
-    plain = nn.Conv2d(4, 8, kernel, **options)
+    layer = Pair(name, batch, kernel=kernel, **options).double()
+    plain = nn.Conv2d(4, 8, kernel, **options).double()
     count = batch * (1 if name == "sync_bn" else 2)
-    x = torch.randn(count, 4, height, width)
+    x = torch.randn(count, 4, height, width).double()
     try:
         shape = plain(x).shape
     except RuntimeError:

@@ -155,3 +155,79 @@ def test_convert_a_layer_by_itself():
 def test_convert_without_batch_norm():
     with pytest.raises(ValueError, match="Sequential has no batch norm"):
         norms.convert(nn.Sequential(nn.Conv2d(3, 4, 3)), norms.build("gn"))
+
+
+# --- found by using it
+
+
+def test_a_fixed_gain_is_not_taken_from_the_host():
+    """timm starts the last norm of a branch at 0; BRN's gain of 1 could never leave that."""
+    import timm
+
+    model = norms.convert(timm.create_model("resnet10t"), norms.build("brn", batch_size=2))
+    gains = [m.weight for m in model.modules() if isinstance(m, norms.BatchRenorm2d)]
+    assert all((gain == 1).all() for gain in gains)
+
+
+def test_what_is_frozen_stays_frozen():
+    host = torchvision.models.resnet18().requires_grad_(False)
+    host.fc.requires_grad_(True)
+    for name in ("mabn", "pws"):
+        model = norms.convert(copy.deepcopy(host), norms.build(name, batch_size=2))
+        trained = {n for n, p in model.named_parameters() if p.requires_grad}
+        assert trained == {"fc.weight", "fc.bias"}
+
+
+def test_the_hosts_eps_is_its_networks():
+    host = torchvision.models.mobilenet_v3_small().eval()
+    for m in host.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            nn.init.uniform_(m.running_var, 0.01, 0.5)
+    converted = norms.convert(copy.deepcopy(host), norms.build("bn"))
+    x = torch.randn(2, 3, 64, 64)
+    assert torch.equal(host(x), converted(x))
+
+
+def test_a_norm_without_affine_keeps_its_statistics_mode_and_type():
+    host = nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4, affine=False))
+    host.double().eval()[1].running_mean.fill_(3.0)
+    converted = norms.convert(copy.deepcopy(host), norms.build("bn"))
+    x = torch.randn(2, 3, 5, 5).double()
+    assert torch.equal(host(x), converted(x))
+
+
+def test_shared_layers_stay_shared():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(4, 4, 3, bias=False), nn.BatchNorm2d(4)
+            self.conv2, self.norm2 = self.conv, self.norm
+
+    net = norms.convert(Net(), norms.build("mabn", batch_size=2))
+    assert net.conv2 is net.conv
+    assert net.norm2 is net.norm
+    assert isinstance(net.norm, norms.MABN2d)
+
+
+def test_a_host_on_the_meta_device():
+    with torch.device("meta"):
+        host = torchvision.models.resnet18()
+    for name in ("bn", "mabn", "pws", "bcn"):
+        model = norms.convert(copy.deepcopy(host), norms.build(name, batch_size=2))
+        assert {t.device.type for t in model.state_dict().values()} == {"meta"}
+
+
+def test_an_error_leaves_the_network_as_it_was():
+    reflecting = nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect", bias=False)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), reflecting, nn.BatchNorm2d(4))
+    layers = list(net)
+    with pytest.raises(ValueError, match=r"2 of Sequential: only plain zero-padded .*reflect"):
+        norms.convert(net, norms.build("mabn", batch_size=2))
+    assert list(net) == layers
+
+
+def test_a_classifier_without_bias_stays():
+    net = nn.Sequential(
+        nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), nn.Conv2d(4, 9, 1, bias=False)
+    )
+    assert type(norms.convert(net, norms.build("mabn", batch_size=2))[2]) is nn.Conv2d

@@ -134,3 +134,19 @@ def test_fold_plain_and_single_layers(as_default):
     assert type(norms.fold(norms.PWSConv2d(3, 4, 3))) is nn.Conv2d
     half = norms.fold(trained("mabn", "resnet8").to(torch.bfloat16))
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
+
+
+def test_what_somebody_added_to_a_layer_is_not_lost(as_default):
+    def doubled(module, inputs, output):
+        return 2 * output
+
+    hooked = nn.Sequential(nn.Conv2d(3, 4, 3), norms.MABN2d(4, 2, warmup=0))
+    hooked[0].register_forward_hook(doubled)
+    weights = torch.nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 4, 3))
+    shared = nn.Conv2d(4, 4, 3, padding=1)
+    norm = norms.MABN2d(4, 2, warmup=0)
+    for model in (hooked, nn.Sequential(weights, nn.BatchNorm2d(4)),
+                  nn.Sequential(nn.Conv2d(3, 4, 3), shared, norm, shared, norm)):  # fmt: skip
+        for _ in range(3):
+            model(torch.randn(4, 3, 8, 8))
+        same(model, norms.fold(model), 8)

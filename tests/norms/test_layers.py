@@ -252,8 +252,17 @@ def test_mabn_imagenet_version_takes_each_pass_for_a_step_where_nothing_else_is_
     for _ in range(3):
         x = torch.randn(6, 2, 2, 2)
         close(free(x), told(x))
-    with pytest.raises(ValueError, match="forward pass of 2 batches does not divide a step of 3"):
-        told(x[:4])
+
+
+def test_mabn_imagenet_version_goes_on_after_an_incomplete_step():
+    """As when a loader does not drop its last images."""
+    for per_step in (None, 4):
+        layer = MABN2d(2, 2, 4, version="imagenet", batches_per_step=per_step)
+        for images in (8, 4, 8, 8, 8):
+            before = layer.running_square.clone()
+            layer(torch.randn(images, 2, 2, 2))
+        assert not torch.equal(layer.running_square, before)
+        assert layer.num_steps_tracked == (5 if per_step is None else 4)
 
 
 def test_mabn_clips_its_renormalization():

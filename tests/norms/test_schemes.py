@@ -1,5 +1,7 @@
 """Schemes as a whole: protocols, conversion, errors."""
 
+import pickle
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -88,6 +90,12 @@ def test_batch_free_says_the_truth(name):
     other = torch.cat([x[:1], torch.randn(3, 2, 8, 8)])
     same = torch.allclose(small(name, 2)(other)[0], together[0], atol=1e-5)
     assert same == scheme.batch_free
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_schemes_pickle(name):
+    scheme = pickle.loads(pickle.dumps(norms.build(name, batch_size=2)))
+    assert type(scheme.norm(8)) is type(norms.build(name, batch_size=2).norm(8))
 
 
 @pytest.mark.parametrize("name", ["batch", "mabm", "scheme", "convert"])

@@ -148,5 +148,5 @@ def test_through_the_command_line(train, tmp_path, probe):
 def test_a_network_without_layers_to_watch(train):
     made = train("norm=none", "probe=batch_statistics")
     assert made.status == 1
-    assert "probe=batch_statistics: no norm with a weight per channel; expected" in made.err
+    assert "probe=batch_statistics: no norm of maps with a weight per channel" in made.err
     assert not list(made.runs.glob("*/*"))
