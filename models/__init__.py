@@ -112,7 +112,7 @@ def rehearse(model: nn.Module, shape: tuple[int, int, int, int], num_classes: in
     """
     try:
         logits = copy.deepcopy(model).to("meta").train()(torch.empty(shape, device="meta"))
-    except RuntimeError as error:
+    except (RuntimeError, AssertionError) as error:  # timm asserts the size of images
         raise ValueError(
             f"{type(model).__name__} cannot take images of {shape[2]}x{shape[3]} ({error})"
         ) from error

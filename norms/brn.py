@@ -94,9 +94,8 @@ class BatchRenorm2d(nn.Module):
 
     def fold(self) -> nn.Module:
         """What it computes in evaluation, in PyTorch's own layers: see `norms/fold.py`."""
-        return frozen_batch_norm(
-            self.weight, self.bias, self.running_mean, self.running_std**2, eps=0.0
-        )
+        var = self.running_std**2 - self.eps  # which a batch norm adds again
+        return frozen_batch_norm(self.weight, self.bias, self.running_mean, var, self.eps)
 
     def extra_repr(self) -> str:
         return f"{self.num_features}, batch_size={self.batch_size}"

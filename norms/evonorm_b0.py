@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from norms import moments as m
 from norms.evonorm_s0 import check_acts
-from norms.scheme import Scheme, conv, frozen_batch_norm
+from norms.scheme import Scheme, conv, frozen_affine
 
 
 class EvoNormB0(EvoNorm2dB0):
@@ -42,7 +42,7 @@ class EvoNormB0(EvoNorm2dB0):
 
     def fold(self) -> nn.Module:
         """What it computes in evaluation, in PyTorch's own layers: see `norms/fold.py`."""
-        return self if self.apply_act else frozen_batch_norm(self.weight, self.bias, None, None, 0)
+        return self if self.apply_act else frozen_affine(self.weight, self.bias)
 
 
 def scheme(batch_size: int | None = None, eps: float = 1e-3, momentum: float = 0.1) -> Scheme:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from norms.gn import check_groups, fit_groups
 from norms.moments import promote
-from norms.scheme import Scheme, conv, frozen_batch_norm
+from norms.scheme import Scheme, conv, frozen_affine
 
 
 class EvoNormS0(EvoNorm2dS0):
@@ -36,7 +36,7 @@ class EvoNormS0(EvoNorm2dS0):
 
     def fold(self) -> nn.Module:
         """What it computes in evaluation, in PyTorch's own layers: see `norms/fold.py`."""
-        return self if self.apply_act else frozen_batch_norm(self.weight, self.bias, None, None, 0)
+        return self if self.apply_act else frozen_affine(self.weight, self.bias)
 
 
 def check_acts(model: nn.Module, name: str) -> None:

@@ -36,6 +36,9 @@ from torch import Tensor, nn
 from norms import moments as m
 from norms.scheme import Scheme, conv, frozen_batch_norm
 
+# 2.11 returns zeros where a backward pass moves a buffer on; 2.14 is right; between is not tested.
+COMPILES = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 14)
+
 
 class CenteredConv2d(nn.Conv2d):
     """`nn.Conv2d` whose filters have zero mean (weight centralization)."""
@@ -87,38 +90,30 @@ def _imagenet(layer: "MABN2d", square: Tensor) -> tuple[Tensor, Tensor, Tensor, 
 
 
 class _MABN(torch.autograd.Function):
-    """The two directions above, for all groups of a batch at once. x: (N, C, H, W)."""
+    """y and its gradients for all groups of a batch at once; x: (N, C, H, W), the rest (G, C).
+
+    `window` holds psi of the batches before and is moved on by the backward pass.
+    """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, layer):
-        square = m.promote(x).square().mean((2, 3))
-        square = m.split(square, layer.batch_size).mean(1)  # (G, C)
-        groups = square.shape[0]
-        size = x.shape[0] // groups
-        count = _imagenet if layer.version == "imagenet" else _release
-        chi, running, free, own = count(layer, square)
-        layer.num_batches_tracked.add_(groups)
-        r = torch.sqrt((chi + layer.eps) / (running + layer.eps)).clamp(1 / 5, 5)
-        r = torch.where(free, r, 1.0)
-
-        inverse = torch.rsqrt(chi + layer.eps)
-        gain = r * inverse
+    def forward(ctx, x, weight, bias, gain, inverse, own, window):
         ctx.save_for_backward(x, weight, gain, inverse, own)
-        ctx.layer, ctx.size = layer, size
+        ctx.window = window
+        size = x.shape[0] // len(gain)
         return m.affine(x, (weight * gain).repeat_interleave(size, 0), bias[None])
 
     @staticmethod
     def backward(ctx, dy):
         x, weight, gain, inverse, own = ctx.saved_tensors
-        groups, size, area = gain.shape[0], ctx.size, x.shape[2] * x.shape[3]
+        groups, area = len(gain), x.shape[2] * x.shape[3]
+        size = x.shape[0] // groups
         dy = m.promote(dy)
         dyx = (dy * x).sum((2, 3)).view(groups, size, -1).sum(1)  # (G, C)
         scale = weight * gain
-        psi = scale * dyx / (size * area)
-        psi = _window_mean(ctx.layer.window_product, psi, own)
+        psi = _window_mean(ctx.window, scale * dyx / (size * area), own)
         back = (inverse**2 * psi).repeat_interleave(size, 0)[:, :, None, None]
         dx = dy * scale.repeat_interleave(size, 0)[:, :, None, None] - x * back
-        return dx.to(x.dtype), (gain * dyx).sum(0), dy.sum((0, 2, 3)), None
+        return dx.to(x.dtype), (gain * dyx).sum(0), dy.sum((0, 2, 3)), None, None, None, None
 
 
 class MABN2d(nn.Module):
@@ -171,9 +166,27 @@ class MABN2d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         m.check_4d(x)
         if self.training:
-            return _MABN.apply(x, self.weight, self.bias, self)
+            if torch.compiler.is_compiling() and not COMPILES:
+                raise RuntimeError(
+                    f"MABN2d: torch.compile of torch {torch.__version__} loses its gradients; "
+                    f"expected torch 2.14 or newer, or no compilation"
+                )
+            return _MABN.apply(x, self.weight, self.bias, *self.update(x), self.window_product)
         scale = self.weight * torch.rsqrt(self.running_square + self.eps)
         return m.affine(x, scale[None], self.bias[None])
+
+    @torch.no_grad()
+    def update(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Move the forward state on; returns r / sqrt(chi_bar + eps), 1 / sqrt(chi_bar + eps) and
+        which batches use their own values."""
+        square = m.promote(x).square().mean((2, 3))
+        square = m.split(square, self.batch_size).mean(1)  # (G, C)
+        count = _imagenet if self.version == "imagenet" else _release
+        chi, running, free, own = count(self, square)
+        self.num_batches_tracked += len(square)
+        r = torch.sqrt((chi + self.eps) / (running + self.eps)).clamp(1 / 5, 5)
+        inverse = torch.rsqrt(chi + self.eps)
+        return torch.where(free, r, 1.0) * inverse, inverse, own
 
     def fold(self) -> nn.Module:
         """What it computes in evaluation, in PyTorch's own layers: see `norms/fold.py`."""

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 ConvT = TypeVar("ConvT", bound=nn.Conv2d)
@@ -63,6 +64,12 @@ def frozen_batch_norm(
     state = {"weight": weight, "bias": bias, "running_mean": mean, "running_var": var}
     layer.load_state_dict({k: v for k, v in state.items() if v is not None}, strict=False)
     return layer
+
+
+def frozen_affine(weight: Tensor, bias: Tensor) -> nn.BatchNorm2d:
+    """weight * x + bias, likewise; its eps must not be 0."""
+    eps = 1e-5
+    return frozen_batch_norm(weight, bias, None, torch.full_like(bias, 1 - eps), eps)
 
 
 def biased_conv(

@@ -507,7 +507,7 @@ def test_killed_and_restarted_equals_uninterrupted(tmp_path, norm):
             "train.py",
             f"norm={norm}",
             f"probe={probe}",
-            "probe.every=4",
+            "probe.every=20",
             *keys,
             *own,
         ]
