@@ -26,12 +26,16 @@ from norms.scheme import Scheme, replace_child
 
 
 def _take_over(new: nn.Module, old: nn.Module) -> None:
-    """Every parameter and buffer that both have in the same shape, and what is frozen; device, type
-    and mode. A gain that the scheme fixes (BRN's) stays what it is."""
+    """Every parameter that both have in the same shape, and what is frozen; device, type and mode;
+    the state of a layer of the same kind, and of no other: a batch norm's count of batches would
+    end MABN's warm-up before it began. A gain that the scheme fixes (BRN's) stays what it is."""
     reference = next((t for t in old.state_dict().values() if t.is_floating_point()), None)
     if reference is not None:
         new.to(reference.device, reference.dtype)
-    state = dict(old.named_parameters()) | dict(old.named_buffers())
+    state: dict[str, Tensor] = dict(old.named_parameters())
+    buffers = dict(old.named_buffers())
+    if buffers.keys() == dict(new.named_buffers()).keys():
+        state |= buffers
     with torch.no_grad():
         for name, own in [*new.named_parameters(), *new.named_buffers()]:
             value = state.get(name)
@@ -39,8 +43,8 @@ def _take_over(new: nn.Module, old: nn.Module) -> None:
             if value is not None and value.shape == own.shape and not fixed:
                 own.copy_(value)
                 own.requires_grad_(value.requires_grad)
-    frozen = bool(state) and not any(p.requires_grad for p in old.parameters())
-    if frozen:
+    parameters = list(old.parameters())
+    if parameters and not any(p.requires_grad for p in parameters):
         new.requires_grad_(False)
     new.train(old.training)
 

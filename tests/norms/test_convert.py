@@ -231,3 +231,19 @@ def test_a_classifier_without_bias_stays():
         nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), nn.Conv2d(4, 9, 1, bias=False)
     )
     assert type(norms.convert(net, norms.build("mabn", batch_size=2))[2]) is nn.Conv2d
+
+
+@pytest.mark.parametrize("name", ["mabn", "brn"])
+def test_another_layers_counters_start_from_nothing(name):
+    """A trained batch norm has counted its batches; a schedule or a window has not begun."""
+    host = nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4))
+    host[1].num_batches_tracked.fill_(100_000)
+    fresh = norms.build(name, batch_size=2).norm(4)
+    norm = norms.convert(host, norms.build(name, batch_size=2))[1]
+    for key, value in norm.named_buffers():
+        assert torch.equal(value, fresh.get_buffer(key)), key
+
+
+def test_a_gain_that_the_host_did_not_have_is_trained():
+    host = nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4, affine=False))
+    assert norms.convert(host, norms.build("gn", min_channels=1, groups=4))[1].weight.requires_grad
