@@ -3,8 +3,10 @@
 import os
 import re
 import sys
+import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -14,10 +16,12 @@ from hydra.core.utils import JobReturn, JobStatus
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from training.config import flatten
 
+WORKER = "SMALLBATCH_WORKER"  # in the environment of a run that a launcher started
 FULL = os.environ.get("HYDRA_FULL_ERROR") == "1"
 MISTAKES = (ValueError, OSError, HydraException, OmegaConfBaseException)
 FLAGS = re.compile(
@@ -85,16 +89,48 @@ def is_mistake(error: BaseException) -> bool:
     return isinstance(error, MISTAKES) or type(error).__name__ == "OutOfMemoryError"
 
 
+def leave(config: Any, error: BaseException) -> None:
+    """Write the reason into the run's folder, for `scripts/study.py`."""
+    from training.config import folder
+    from training.files import write
+
+    with suppress(*MISTAKES):  # of keys without which it has no folder
+        config = OmegaConf.masked_copy(config, [key for key in config if key != "hydra"])
+        folder(config).mkdir(parents=True, exist_ok=True)
+        write(folder(config) / "error.txt", explain(error) + "\n")
+
+
 class Report(Callback):
     """Says in one line why a run failed: at once in a sweep, which then goes on."""
 
     failures = 0
 
+    @classmethod
+    def failed(cls, overrides: Sequence[str], reason: str) -> None:
+        cls.failures += 1
+        print(f"error: {' '.join(overrides)}: {reason}", file=sys.stderr)
+
+    def on_multirun_start(self, config: Any, **kwargs: Any) -> None:
+        from training.study import record
+
+        with suppress(*MISTAKES):  # which the sweep will come upon itself, and say so
+            record(list(config.hydra.overrides.task))
+
     def on_job_end(self, config: Any, job_return: JobReturn, **kwargs: Any) -> None:
+        sweep = HydraConfig.get().mode == RunMode.MULTIRUN
         error = job_return._return_value
-        if job_return.status == JobStatus.FAILED and HydraConfig.get().mode == RunMode.MULTIRUN:
-            Report.failures += 1
-            complain(error, f"{' '.join(job_return.overrides or [])}: ")
+        if job_return.status != JobStatus.FAILED or not (sweep or WORKER in os.environ):
+            return
+        from training.run import BusyError, RefusedError
+
+        if isinstance(error, BusyError):  # it is being done, so nothing has failed
+            print(f"{error}, skipped")
+            job_return.status, job_return.return_value = JobStatus.COMPLETED, None
+            return
+        if not isinstance(error, RefusedError):
+            leave(config, error)
+        if sweep:
+            Report.failed(job_return.overrides or [], explain(error))
             if not is_mistake(error):
                 traceback.print_exception(error)
             # Hydra keeps the error until the sweep ends, and its frames would keep the model.
@@ -108,6 +144,12 @@ class Report(Callback):
             sys.exit(1)  # the job is over; Hydra would put a line of its own before ours
 
 
+def end_with_launcher() -> None:
+    """A worker's standard input ends when its launcher does, however that ended."""
+    os.read(0, 1)
+    os._exit(1)
+
+
 def run(main: Callable[[], Any]) -> None:
     """Call Hydra's entry point; exit 2 for what cannot be composed, 1 for what cannot be run."""
     for word in sys.argv[1:]:
@@ -115,6 +157,8 @@ def run(main: Callable[[], Any]) -> None:
             key = word.lstrip("-").split("=")[0]
             complain(ValueError(f"{word}: keys are written without dashes: {key}=VALUE"))
             sys.exit(2)
+    if WORKER in os.environ:
+        threading.Thread(target=end_with_launcher, daemon=True).start()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # so that Hydra leaves its errors to us
     try:
         main()

@@ -3,6 +3,8 @@
 import hashlib
 import json
 import os
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 from hydra import compose
@@ -105,7 +107,12 @@ def defaults(cfg: DictConfig) -> DictConfig:
         groups += ["experiment"]
     elif named.startswith("${"):
         groups += ["data", "protocol", *(["model"] if chosen["model"] == cfg.model.name else [])]
-    return compose("config", [f"{group}={chosen[group]}" for group in groups])
+    return composed(*(f"{group}={chosen[group]}" for group in groups))
+
+
+@cache
+def composed(*overrides: str) -> DictConfig:
+    return compose("config", list(overrides))
 
 
 def run_name(cfg: DictConfig) -> str:
@@ -121,6 +128,11 @@ def run_name(cfg: DictConfig) -> str:
         text = json.dumps(other | number, sort_keys=True)
         name += "-" + hashlib.sha256(text.encode()).hexdigest()[:6]
     return name
+
+
+def folder(cfg: DictConfig) -> Path:
+    """Of a run: a pure function of its configuration."""
+    return Path(str(cfg.runtime.runs)) / str(cfg.study) / run_name(cfg)
 
 
 def check_precision(cfg: DictConfig, loss_scaling: bool) -> None:
@@ -148,7 +160,7 @@ def check(cfg: DictConfig) -> None:
         raise ValueError("model.name=???: needs a value, such as model.name=resnet18")
     if cfg.recipe.epochs is None and cfg.recipe.updates is None:
         raise ValueError("recipe.epochs=null: expected a number, of epochs or recipe.updates")
-    base = flatten(compose("config", [f"{group}={choices()[group]}" for group in groups]))
+    base = flatten(composed(*(f"{group}={choices()[group]}" for group in groups)))
     own = flatten(cfg, resolve=True)
     for key in base.keys() - own.keys():
         raise ValueError(f"{key}: removed; a run needs it")

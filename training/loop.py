@@ -142,6 +142,7 @@ def train(
                 if seen % runtime.log_every == 0 or save or seen == last:
                     tensorboard.loss(now.update, meter.look())
                     board.update(epoch + 1, now, seen, plan.sgd_batch)
+                    run.tell(now.update, updates, now.wall_seconds)
                 if now.diverged or seen == last:
                     break
                 if save:

@@ -5,6 +5,9 @@ last.pt, previous.pt     the last two checkpoints
 metrics.csv              a row per epoch
 events.out.tfevents.*    for TensorBoard
 result.json              only when the run is over
+progress.json            only while it trains
+error.txt                only after an attempt that failed in a study: the reason, in one line
+log.txt                  what it said, where a launcher gave it a process of its own
 """
 
 import csv
@@ -15,6 +18,7 @@ import math
 import os
 import pickle
 import shutil
+import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +28,7 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from training.config import identity, run_name
+from training.config import folder, identity
 from training.files import read, write
 
 Say = Callable[[str], None]
@@ -41,14 +45,50 @@ def plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+class RefusedError(ValueError):
+    """The folder is not this run's to write: its owner's files stay as they are."""
+
+
+class BusyError(RefusedError):
+    """Another process is training this run."""
+
+
+def locked(folder: Path) -> bool:
+    """Whether some process is training the run of this folder now."""
+    try:
+        with open(folder / ".lock") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
+
+
+def differences(folder: Path, cfg: DictConfig) -> list[str]:
+    """The keys that can change a result and are not the same in the configuration of a folder."""
+    file = folder / ".hydra" / "config.yaml"
+    if not file.exists():
+        return []
+    there, ours = identity(read(file, "batch", "seed")), identity(cfg)
+    absent = object()
+    return [
+        f"{key} is {there.get(key, 'absent')} there and {ours.get(key, 'absent')} here"
+        for key in sorted(there | ours)
+        if there.get(key, absent) != ours.get(key, absent)
+    ]
+
+
 class Run:
-    """The folder of one training, locked for this process while the `with` lasts."""
+    """The folder of one training, locked for this process while the `with` lasts. The lock is the
+    kernel's: it ends with the process, however that ends."""
 
     def __init__(self, cfg: DictConfig, say: Say):
-        """Raises `ValueError` if another process trains it or it holds another configuration, and
-        `OSError` if it cannot be written."""
-        self.folder = Path(str(cfg.runtime.runs)) / str(cfg.study) / run_name(cfg)
+        """Raises `BusyError` if another process trains it, `RefusedError` if it holds another
+        configuration, and `OSError` if it cannot be written."""
+        self.folder = folder(cfg)
         self.say = say
+        self._told = 0.0
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock = open(self.folder / ".lock", "a+")  # noqa: SIM115
@@ -58,14 +98,12 @@ class Run:
                 f"({error.strerror}); expected a folder that can be written"
             ) from error
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process
-        except BlockingIOError as error:
-            self._lock.close()
-            raise ValueError(f"{self.folder}: another process is training this run") from error
-        try:
+            self.lock()
             if cfg.overwrite:
                 self.clear()
             self.check_config(cfg)
+            for name in ("error.txt", "progress.json"):  # of an earlier attempt
+                (self.folder / name).unlink(missing_ok=True)
         except BaseException:
             self._lock.close()
             raise
@@ -75,6 +113,16 @@ class Run:
 
     def __exit__(self, *error: object) -> None:
         self._lock.close()
+
+    def lock(self) -> None:
+        """Tries for two seconds: a process that was just killed may be about to let go, and one
+        that looks at the lock holds it for a moment."""
+        for attempt in range(20):
+            try:
+                return fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                time.sleep(0.1 if attempt < 19 else 0)
+        raise BusyError(f"{self.folder}: another process is training this run")
 
     def clear(self) -> None:
         """Delete what a run writes, and nothing else."""
@@ -94,15 +142,9 @@ class Run:
             write(file.with_name("overrides.yaml"), OmegaConf.to_yaml(hydra_config.overrides.task))
             write(file, OmegaConf.to_yaml(cfg))
             return
-        there, ours = identity(read(file, "batch", "seed")), identity(cfg)
-        absent = object()
-        differ = [
-            f"{key} is {there.get(key, 'absent')} there and {ours.get(key, 'absent')} here"
-            for key in sorted(there | ours)
-            if there.get(key, absent) != ours.get(key, absent)
-        ]
+        differ = differences(self.folder, cfg)
         if differ:
-            raise ValueError(
+            raise RefusedError(
                 f"{self.folder}: holds a run of another configuration ({'; '.join(differ)}); "
                 f"choose another name= or study=, or delete it with overwrite=true"
             )
@@ -114,6 +156,17 @@ class Run:
 
     def finish(self, result: dict[str, Any]) -> None:
         write(self.folder / "result.json", json.dumps(plain(result), indent=2) + "\n")
+        (self.folder / "progress.json").unlink(missing_ok=True)
+
+    def tell(self, update: int, updates: int, seconds: float) -> None:
+        """How far the run is, for whoever watches: once a second at most, and not waiting for the
+        disk."""
+        if time.monotonic() - self._told > 1:
+            self._told = time.monotonic()
+            told = {"update": update, "updates": updates, "seconds": seconds, "pid": os.getpid()}
+            temporary = self.folder / "progress.json.tmp"
+            temporary.write_text(json.dumps(told))
+            temporary.replace(self.folder / "progress.json")
 
     def write_metrics(self, rows: list[dict[str, Any]]) -> None:
         """All rows since the first epoch, so that a resumed run has neither gaps nor doubles."""

@@ -1,0 +1,208 @@
+"""hydra/launcher=pool: the runs of a sweep on one machine, each in a process of its own.
+
+A queue of places, which are GPUs (`runs_per_gpu` times each) or shares of the CPU: a run takes one,
+sees only that GPU and its share of the CPU threads, and writes what it says into its own log.txt. A
+failing or killed run takes nobody with it. Ctrl-C stops all of them; when the launcher itself is
+killed they end as well, since each watches the pipe from it. The same command then goes on.
+"""
+
+import inspect
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from hydra.core.utils import JobReturn, JobStatus
+from hydra.plugins.launcher import Launcher
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from training.cli import WORKER, Report
+from training.files import read, write
+from training.progress import console, say
+from training.run import differences
+from training.study import Cell, cells, state
+
+PATIENCE = 10.0  # seconds that runs have to stop after Ctrl-C
+
+
+@dataclass
+class Worker:
+    """A run in its process."""
+
+    cell: Cell
+    index: int
+    place: str
+    process: subprocess.Popen[bytes]
+    task: TaskID
+
+
+class RunError(RuntimeError):
+    """A run of the sweep did; its reason has been said."""
+
+
+class PoolLauncher(Launcher):
+    """Hydra makes one from configs/hydra/launcher/pool.yaml, which explains the arguments."""
+
+    def __init__(
+        self,
+        workers: int | None = None,
+        gpus: Sequence[int | str] | None = None,
+        runs_per_gpu: int = 1,
+        threads: int | None = None,
+    ):
+        for key, value in dict(workers=workers, runs_per_gpu=runs_per_gpu, threads=threads).items():
+            if value is not None and (type(value) is not int or value < 1):
+                raise ValueError(f"hydra.launcher.{key}={value}: expected a whole number from 1")
+        self.workers, self.gpus = workers, gpus
+        self.runs_per_gpu, self.threads = runs_per_gpu, threads
+
+    def setup(
+        self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
+    ) -> None:
+        self.script = inspect.getfile(task_function)
+        self.config = config
+
+    def places(self) -> list[str]:
+        """What CUDA_VISIBLE_DEVICES is for each of the runs at a time; "" without a GPU."""
+        device = str(self.config.device)
+        gpus = self.gpus
+        if device == "cpu":
+            gpus = []
+        elif device.startswith("cuda:"):
+            raise ValueError(f"device={device}: pool chooses; name GPUs with hydra.launcher.gpus")
+        elif gpus is None:
+            import torch
+
+            visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+            count = torch.cuda.device_count()
+            gpus = visible if count and visible[0] else range(count)
+        # The first run on every GPU before the second on one.
+        places = [str(gpu) for _ in range(self.runs_per_gpu) for gpu in gpus]
+        return places or [""] * (self.workers or cores())
+
+    def launch(
+        self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
+    ) -> Sequence[JobReturn]:
+        todo = list(enumerate(cells([list(overrides) for overrides in job_overrides])))
+        returns = {index: done for index, cell in todo if (done := self.skip(cell))}
+        todo = [(index, cell) for index, cell in todo if index not in returns]
+        free = self.places()
+        self.share = self.threads or max(1, cores() // len(free))
+        say(
+            f"{len(todo)} runs, {len(free)} at a time, CPU threads of each: {self.share}"
+            + (f"; GPUs {', '.join(dict.fromkeys(free))}" if free[0] else "")
+        )
+        working: list[Worker] = []
+        with Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.completed:.0f}/{task.total:.0f} {task.fields[unit]}"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        ) as self.board:
+            everything = self.board.add_task("study", total=len(todo), unit="runs")
+            try:
+                while todo or working:
+                    while todo and free:
+                        index, cell = todo.pop(0)
+                        working.append(self.start(cell, index, free.pop(0)))
+                    time.sleep(0.2)
+                    for worker in list(working):
+                        if worker.process.poll() is None:
+                            self.show(worker)
+                            continue
+                        working.remove(worker)
+                        free.append(worker.place)
+                        returns[worker.index] = self.end(worker)
+                        self.board.update(everything, advance=1)
+            finally:
+                stop(working)
+        return [returns[index] for index in sorted(returns)]
+
+    def skip(self, cell: Cell) -> JobReturn | None:
+        """What a run has left that is over already, without a process for it."""
+        over = (cell.folder / "result.json").exists()
+        if not over or cell.cfg.overwrite or differences(cell.folder, cell.cfg):
+            return None  # a process will refuse it, or start it again
+        say(f"{cell.folder}: {state(cell.folder).name} already, skipped")
+        return self.completed(cell)
+
+    def start(self, cell: Cell, index: int, place: str) -> Worker:
+        cell.folder.mkdir(parents=True, exist_ok=True)
+        environment = os.environ | {WORKER: "pool", "OMP_NUM_THREADS": str(self.share)}
+        overrides = list(cell.overrides)
+        if place:
+            environment["CUDA_VISIBLE_DEVICES"] = place
+            overrides.append("device=cuda")  # rather than auto, which would be content without
+        environment.pop("HYDRA_FULL_ERROR", None)  # that of cli.run
+        with open(cell.folder / "log.txt", "ab") as log:
+            process = subprocess.Popen(
+                [sys.executable, self.script, *overrides],
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=log,
+                env=environment,
+                start_new_session=True,  # Ctrl-C on the terminal reaches the launcher alone
+            )
+        task = self.board.add_task(f"  {cell.folder.name}", total=None, unit="updates")
+        return Worker(cell, index, place, process, task)
+
+    def show(self, worker: Worker) -> None:
+        if console.is_terminal:
+            now = state(worker.cell.folder)
+            self.board.update(worker.task, completed=now.update, total=now.updates or None)
+
+    def end(self, worker: Worker) -> JobReturn:
+        """What a run whose process is over has left, and a line about it."""
+        self.board.remove_task(worker.task)
+        cell, code = worker.cell, worker.process.returncode
+        if code < 0:
+            name = signal.Signals(-code).name
+            why = f"killed by {name}{' (out of memory?)' if name == 'SIGKILL' else ''}"
+            write(cell.folder / "error.txt", f"{why}; it can go on from its last checkpoint\n")
+        now = state(cell.folder)
+        if code:
+            log = cell.folder / "log.txt"
+            reason = now.text if now.name == "failed" else last_line(log).removeprefix("error: ")
+            Report.failed(cell.overrides, f"{reason} ({log})")
+            return JobReturn(
+                overrides=cell.overrides, status=JobStatus.FAILED, _return_value=RunError(reason)
+            )
+        over = now.name in ("finished", "diverged")  # else another process trains it
+        say(f"{cell.folder}: {now.name} {now.text}" if over else last_line(cell.folder / "log.txt"))
+        return self.completed(cell)
+
+    def completed(self, cell: Cell) -> JobReturn:
+        file = cell.folder / "result.json"
+        top1 = read(file, "top1")["top1"] if file.exists() else None
+        return JobReturn(overrides=cell.overrides, status=JobStatus.COMPLETED, _return_value=top1)
+
+
+def stop(working: list[Worker]) -> None:
+    """End what still runs: kindly, then not."""
+    for worker in working:
+        worker.process.send_signal(signal.SIGINT)
+    deadline = time.monotonic() + PATIENCE
+    for worker in working:
+        try:
+            worker.process.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            worker.process.kill()
+            worker.process.wait()
+
+
+def last_line(file: Path) -> str:
+    lines = file.read_text(errors="replace").strip().splitlines()
+    return lines[-1] if lines else "no output"
+
+
+def cores() -> int:
+    """That this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,137 @@
+"""A study from outside: the runs that its commands ask for, and how far each of them is."""
+
+import json
+import re
+import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig, open_dict
+
+from training.config import folder
+from training.files import read, write
+
+COMMANDS = "commands.txt"  # in a study's folder, a line each
+PLAIN = re.compile(r"(batch|seed)=\d+")
+
+
+@dataclass
+class Cell:
+    """One run that a study asks for."""
+
+    overrides: list[str]
+    cfg: DictConfig
+    folder: Path
+
+
+@contextmanager
+def composing() -> Iterator[None]:
+    """Hydra ready to compose, as it is already within `train.py`."""
+    if GlobalHydra.instance().is_initialized():
+        yield
+        return
+    with initialize_config_dir(str(Path(__file__).parent.parent / "configs"), version_base="1.3"):
+        yield
+
+
+def jobs(overrides: list[str]) -> list[list[str]]:
+    """The overrides of every run of `train.py -m OVERRIDES`: sweeps taken apart, those that an
+    experiment brings among them. Keys of Hydra's own are left out."""
+    parser = OverridesParser.create()
+    given = [o for o in parser.parse_overrides(overrides) if not o.key_or_group.startswith("hydra")]
+    fixed = [str(o.input_line) for o in given if not o.is_sweep_override()]
+    with composing():
+        params = composed(*fixed)[1].hydra.sweeper.get("params") or {}
+    brought = parser.parse_overrides([f"{key}={value}" for key, value in params.items()])
+    return BasicSweeper.split_arguments(brought + given, None)[0]
+
+
+@cache
+def composed(*overrides: str) -> tuple[DictConfig, DictConfig]:
+    """A run's configuration, and the same with Hydra's part."""
+    full = compose("config", list(overrides), return_hydra_config=True)
+    own = full.copy()
+    with open_dict(own):
+        del own["hydra"]
+    return own, full
+
+
+def cells(jobs: list[list[str]]) -> list[Cell]:
+    """The run that each list of overrides asks for.
+
+    Batch size and seed are plain numbers that nothing else is composed from, so one composition
+    (a fifth of a second) serves all runs that differ in them alone.
+    """
+    found = []
+    with composing():
+        before = HydraConfig.instance().cfg
+        for job in jobs:
+            numbers = {o.split("=")[0]: o.split("=")[1] for o in job if PLAIN.fullmatch(o)}
+            cfg, full = composed(*(o for o in job if not PLAIN.fullmatch(o)))
+            cfg = cfg.copy()
+            for key, value in numbers.items():
+                cfg[key] = int(value)
+            HydraConfig.instance().set_config(full)
+            found.append(Cell(job, cfg, folder(cfg)))
+        HydraConfig.instance().cfg = before
+    return found
+
+
+def record(overrides: list[str]) -> None:
+    """Note a command in the folder of its study, or of each of them, for `scripts/study.py`."""
+    line = shlex.join(overrides) + "\n"
+    for study in {cell.folder.parent for cell in cells(jobs(overrides))}:
+        file = study / COMMANDS
+        lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+        if line not in lines:
+            study.mkdir(parents=True, exist_ok=True)
+            write(file, "".join([*lines, line]))
+
+
+@dataclass
+class State:
+    """How far a run is: finished, diverged, running, failed, interrupted or waiting."""
+
+    name: str
+    update: int = 0
+    updates: int = 0
+    seconds: float = 0.0
+    """Spent on those updates."""
+    text: str = ""
+    """The accuracy, or why it failed."""
+
+    @property
+    def left(self) -> float | None:
+        """Seconds until it is over, at its speed so far."""
+        return (self.updates - self.update) * self.seconds / self.update if self.update else None
+
+
+def state(folder: Path) -> State:
+    """Of the run in a folder, from its files."""
+    from training.run import locked
+
+    if (folder / "result.json").exists():
+        result = read(folder / "result.json", "status", "top1", "updates", "wall_seconds")
+        text = f"top-1 {result['top1']:.2f} %" if result["top1"] is not None else ""
+        done = result["updates"]
+        return State(result["status"], done, done, result["wall_seconds"], text)
+    now = State("waiting")
+    try:
+        told = json.loads((folder / "progress.json").read_text())
+        now = State("interrupted", told["update"], told["updates"], told["seconds"])
+    except FileNotFoundError:
+        if (folder / ".hydra").exists():
+            now = State("interrupted")
+    if locked(folder):
+        now.name = "running"
+    elif (folder / "error.txt").exists():
+        now.name, now.text = "failed", (folder / "error.txt").read_text().strip()
+    return now
