@@ -25,7 +25,6 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from training.cli import WORKER, Report
 from training.files import read, write
 from training.progress import console, say
-from training.run import differences
 from training.study import Cell, cells, state
 
 PATIENCE = 10.0  # seconds that runs have to stop after Ctrl-C
@@ -92,6 +91,8 @@ class PoolLauncher(Launcher):
         todo = list(enumerate(cells([list(overrides) for overrides in job_overrides])))
         returns = {index: done for index, cell in todo if (done := self.skip(cell))}
         todo = [(index, cell) for index, cell in todo if index not in returns]
+        if not todo:
+            return [returns[index] for index in sorted(returns)]
         free = self.places()
         self.share = self.threads or max(1, cores() // len(free))
         say(
@@ -128,6 +129,8 @@ class PoolLauncher(Launcher):
 
     def skip(self, cell: Cell) -> JobReturn | None:
         """What a run has left that is over already, without a process for it."""
+        from training.run import differences
+
         over = (cell.folder / "result.json").exists()
         if not over or cell.cfg.overwrite or differences(cell.folder, cell.cfg):
             return None  # a process will refuse it, or start it again
@@ -162,20 +165,21 @@ class PoolLauncher(Launcher):
     def end(self, worker: Worker) -> JobReturn:
         """What a run whose process is over has left, and a line about it."""
         self.board.remove_task(worker.task)
+        close(worker.process)
         cell, code = worker.cell, worker.process.returncode
-        if code < 0:
+        over = state(cell.folder).name in ("finished", "diverged")
+        if code < 0 and not over:
             name = signal.Signals(-code).name
             why = f"killed by {name}{' (out of memory?)' if name == 'SIGKILL' else ''}"
             write(cell.folder / "error.txt", f"{why}; it can go on from its last checkpoint\n")
         now = state(cell.folder)
-        if code:
+        if code > 0 or (code < 0 and not over):
             log = cell.folder / "log.txt"
             reason = now.text if now.name == "failed" else last_line(log).removeprefix("error: ")
             Report.failed(cell.overrides, f"{reason} ({log})")
             return JobReturn(
                 overrides=cell.overrides, status=JobStatus.FAILED, _return_value=RunError(reason)
             )
-        over = now.name in ("finished", "diverged")  # else another process trains it
         say(f"{cell.folder}: {now.name} {now.text}" if over else last_line(cell.folder / "log.txt"))
         return self.completed(cell)
 
@@ -183,6 +187,12 @@ class PoolLauncher(Launcher):
         file = cell.folder / "result.json"
         top1 = read(file, "top1")["top1"] if file.exists() else None
         return JobReturn(overrides=cell.overrides, status=JobStatus.COMPLETED, _return_value=top1)
+
+
+def close(process: subprocess.Popen[bytes]) -> None:
+    """The pipe to it."""
+    if process.stdin:
+        process.stdin.close()
 
 
 def stop(working: list[Worker]) -> None:
@@ -196,6 +206,7 @@ def stop(working: list[Worker]) -> None:
         except subprocess.TimeoutExpired:
             worker.process.kill()
             worker.process.wait()
+        close(worker.process)
 
 
 def last_line(file: Path) -> str:

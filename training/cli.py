@@ -28,6 +28,7 @@ FLAGS = re.compile(
     r"-(h|p|r|m|c|i|sc|cp|cn|cd|-help|-hydra-help|-version|-cfg|-resolve|-package|-run|-multirun"
     r"|-shell-completion|-config-path|-config-name|-config-dir|-experimental-rerun|-info)(=.*)?"
 )
+LAUNCHERS = ("joblib", "ray", "submitit_local", "submitit_slurm")  # of other packages
 CHOICE = re.compile(r"(model|norm|protocol|data|recipe)=\w+")
 
 
@@ -41,6 +42,9 @@ def explain(error: BaseException) -> str:
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, option = str(error.missing_cfg_file).rpartition("/")
         options = list(error.options or [])
+        if group == "hydra/launcher" and option in LAUNCHERS:
+            extra = option.split("_")[0]
+            return f"{group}={option}: not installed; pip install -c constraints.txt '.[{extra}]'"
         return f"{group}={option}: unknown{near(option, options)}; allowed: {', '.join(options)}"
     if isinstance(error, OverrideParseException):
         return f"{error.override}: cannot be read; expected KEY=VALUE, such as batch=2 or norm=gn"
@@ -104,6 +108,8 @@ class Report(Callback):
     """Says in one line why a run failed: at once in a sweep, which then goes on."""
 
     failures = 0
+    folders: list[Path] = []
+    """Of the runs of this sweep."""
 
     @classmethod
     def failed(cls, overrides: Sequence[str], reason: str) -> None:
@@ -114,7 +120,7 @@ class Report(Callback):
         from training.study import record
 
         with suppress(*MISTAKES):  # which the sweep will come upon itself, and say so
-            record(list(config.hydra.overrides.task))
+            Report.folders = record(list(config.hydra.overrides.task))
 
     def on_job_end(self, config: Any, job_return: JobReturn, **kwargs: Any) -> None:
         sweep = HydraConfig.get().mode == RunMode.MULTIRUN
@@ -166,12 +172,18 @@ def run(main: Callable[[], Any]) -> None:
         print("interrupted; the same command goes on from here", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
-        if FULL or not (Report.failures or is_mistake(error)):
+        left = [f for f in Report.folders if (f / "error.txt").exists()]
+        if FULL or not (Report.failures or left or is_mistake(error)):
             raise
-        if Report.failures:
+        if not Report.failures:  # they were said elsewhere, if it was a launcher's processes
+            for folder in left:
+                complain(ValueError((folder / "error.txt").read_text()), f"{folder}: ")
+        if Report.failures or left:
+            studies = " ".join(sorted({str(folder.parent) for folder in Report.folders}))
             print(
-                f"error: {Report.failures} of these runs failed, see above; the same command "
-                f"tries them again and skips the finished ones",
+                f"error: {Report.failures or len(left)} of these runs failed, see above; the same "
+                f"command tries them again and skips the finished ones "
+                f"(python scripts/study.py {studies} shows all)",
                 file=sys.stderr,
             )
         else:

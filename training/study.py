@@ -85,15 +85,18 @@ def cells(jobs: list[list[str]]) -> list[Cell]:
     return found
 
 
-def record(overrides: list[str]) -> None:
-    """Note a command in the folder of its study, or of each of them, for `scripts/study.py`."""
+def record(overrides: list[str]) -> list[Path]:
+    """Note a command in the folder of its study, or of each of them, for `scripts/study.py`;
+    returns the folders of its runs."""
     line = shlex.join(overrides) + "\n"
-    for study in {cell.folder.parent for cell in cells(jobs(overrides))}:
+    folders = [cell.folder for cell in cells(jobs(overrides))]
+    for study in {run.parent for run in folders}:
         file = study / COMMANDS
         lines = file.read_text().splitlines(keepends=True) if file.exists() else []
         if line not in lines:
             study.mkdir(parents=True, exist_ok=True)
             write(file, "".join([*lines, line]))
+    return folders
 
 
 @dataclass

@@ -1,0 +1,224 @@
+"""Launchers: the same runs, whoever starts them, and whatever happens to them."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.errors import MissingConfigException
+
+from hydra_plugins.launcher_defaults import options
+from hydra_plugins.pool_launcher import PoolLauncher
+from training import cli
+from training.study import cells, jobs, state
+
+ROOT = Path(__file__).parent.parent.parent
+SMALL = ["recipe.epochs=2", "data.train_fraction=0.2", "runtime.threads=1", "study=s"]
+
+
+def start(runs: Path, *args: str) -> subprocess.Popen[str]:
+    command = [sys.executable, str(ROOT / "train.py"), "-m", *SMALL, f"runtime.runs={runs}", *args]
+    environment = {k: v for k, v in os.environ.items() if k != "HYDRA_FULL_ERROR"}
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
+    out, err = process.communicate(timeout=500)
+    return process.returncode, out, err
+
+
+def weights(runs: Path) -> dict[str, dict[str, torch.Tensor]]:
+    found = {}
+    for file in sorted(runs.glob("s/*/result.json")):
+        state = torch.load(file.with_name("last.pt"), weights_only=True)
+        found[file.parent.name] = state["model"]
+    return found
+
+
+def assert_same(one: Path, other: Path, count: int) -> None:
+    """Bit for bit, also what their tables would be made of."""
+    ours, theirs = weights(one), weights(other)
+    assert len(ours) == count
+    assert ours.keys() == theirs.keys()
+    for run in ours:
+        assert all(torch.equal(ours[run][key], theirs[run][key]) for key in ours[run]), run
+        results = [json.loads((x / "s" / run / "result.json").read_text()) for x in (one, other)]
+        for key in ("status", "top1", "top5", "best_top1", "test_loss", "updates"):
+            assert results[0][key] == results[1][key]
+
+
+def until(condition, process: subprocess.Popen[str]):
+    """What `condition` gives, once it gives something."""
+    while not (found := condition()):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    return found
+
+
+@pytest.fixture(scope="module")
+def basic(tmp_path_factory) -> Path:
+    """A study of two runs, undisturbed, one after another."""
+    runs = tmp_path_factory.mktemp("basic")
+    status, _, err = finish(start(runs, "norm=bn,mabn", "batch=4"))
+    assert status == 0, err
+    return runs
+
+
+POOL = ["hydra/launcher=pool", "hydra.launcher.workers=2"]
+
+
+def test_pool_survives_the_death_of_its_launcher_and_of_a_worker(basic, tmp_path):
+    command = [*POOL, "norm=bn,mabn", "batch=4", "runtime.checkpoint_every=10"]
+    command.append("runtime.log_every=5")
+
+    def running() -> list[int]:
+        """Processes that have something to go on from and something to do."""
+        files = [x.with_name("progress.json") for x in tmp_path.glob("s/*/last.pt")]
+        states = {x: state(x.parent) for x in files if x.exists()}
+        going = [x for x, now in states.items() if now.name == "running" and now.left]
+        return [json.loads(x.read_text())["pid"] for x in going if states[x].update < 100]
+
+    launcher = start(tmp_path, *command)
+    orphans = until(running, launcher)
+    launcher.kill()
+    launcher.communicate()
+    for pid in orphans:  # they end by themselves
+        while Path(f"/proc/{pid}").exists():
+            time.sleep(0.05)
+    assert {state(x).name for x in (tmp_path / "s").glob("*-s0*")} <= {"interrupted", "finished"}
+
+    launcher = start(tmp_path, *command)
+    victim = until(running, launcher)[0]
+    os.kill(victim, signal.SIGKILL)
+    status, out, err = finish(launcher)
+    said = err.strip().splitlines()
+    assert status == 1, err
+    assert "killed by SIGKILL (out of memory?); it can go on from its last checkpoint" in said[0]
+    assert "1 of these runs failed" in said[-1]
+    assert sum(state(x).name == "failed" for x in (tmp_path / "s").glob("*-s0*")) == 1
+
+    status, out, err = finish(start(tmp_path, *command))
+    assert status == 0, err
+    assert out.count("finished already, skipped") == 1
+    assert_same(basic, tmp_path, 2)
+    assert any("goes on after update" in x.read_text() for x in tmp_path.glob("s/*/log.txt"))
+    assert len((tmp_path / "s" / "commands.txt").read_text().splitlines()) == 1
+
+
+def test_pool_keeps_failures_apart_and_stops_at_control_c(tmp_path):
+    command = [*POOL, "norm=gn", "batch=999999,4", "recipe.epochs=2000"]
+    launcher = start(tmp_path, *command)
+    folders = [cell.folder.name for cell in cells(jobs([*SMALL, *command]))]
+    going = tmp_path / "s" / folders[1]
+    until(lambda: (going / "progress.json").exists(), launcher)
+    until(lambda: state(tmp_path / "s" / folders[0]).name == "failed", launcher)
+    pid = json.loads((going / "progress.json").read_text())["pid"]
+    launcher.send_signal(signal.SIGINT)
+    status, _, err = finish(launcher)
+    assert status == 130
+    assert "larger than the data set" in err
+    assert err.strip().splitlines()[-1] == "interrupted; the same command goes on from here"
+    assert "Traceback" not in err
+    assert not Path(f"/proc/{pid}").exists()
+    assert state(going).name == "interrupted"
+    assert "interrupted; the same command goes on" in (going / "log.txt").read_text()
+
+
+FAKE = """
+import os, pathlib, sys, time
+place = pathlib.Path(sys.argv[1].split("=")[1]) / os.environ["CUDA_VISIBLE_DEVICES"]
+place.mkdir(exist_ok=True)
+mine = place / str(os.getpid())
+mine.touch()
+assert len(list(place.iterdir())) <= 2, "more than two at a time on a GPU"
+time.sleep(0.1 * (int(sys.argv[2].split("=")[1]) % 3))
+mine.unlink()
+assert (sys.argv[-1], os.environ["OMP_NUM_THREADS"]) == ("device=cuda", "3")
+"""
+
+
+def test_pool_queues_runs_for_gpus(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(cli.Report, "failures", 0)
+    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        config = compose("config")
+        launcher = PoolLauncher(gpus=[5, 7], runs_per_gpu=2, threads=3)
+        launcher.setup(hydra_context=None, task_function=test_every_launcher, config=config)
+        assert launcher.places() == ["5", "7", "5", "7"]
+        launcher.script = str(tmp_path / "fake.py")
+        Path(launcher.script).write_text(FAKE)
+        work = [[f"runtime.runs={tmp_path}", f"seed={seed}"] for seed in range(9)]
+        returns = launcher.launch(work, 0)
+    assert [r.status.name for r in returns] == ["COMPLETED"] * 9, capsys.readouterr()
+    assert sorted(x.name for x in tmp_path.iterdir() if x.name.isdigit()) == ["5", "7"]
+    assert "9 runs, 4 at a time, CPU threads of each: 3; GPUs 5, 7" in capsys.readouterr().out
+
+
+def test_pool_finds_its_places(monkeypatch):
+    def places(device="auto", **options):
+        launcher = PoolLauncher(**options)
+        with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+            launcher.config = compose("config", [f"device={device}"])
+        return launcher.places()
+
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert places(workers=3) == ["", "", ""]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert places() == ["0", "1"]
+    assert places(device="cpu", workers=1) == [""]
+    assert places(gpus=[], workers=1) == [""]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,GPU-5")
+    assert places(runs_per_gpu=2) == ["3", "GPU-5", "3", "GPU-5"]
+    with pytest.raises(ValueError, match=r"device=cuda:1: pool chooses; name GPUs with hydra\."):
+        places(device="cuda:1")
+    with pytest.raises(ValueError, match=r"hydra\.launcher\.workers=0: expected a whole number"):
+        PoolLauncher(workers=0)
+
+
+LAUNCHERS = {
+    "joblib": ["hydra.launcher.n_jobs=2"],
+    "submitit_local": [],
+    "ray": ["+hydra.launcher.ray.init.num_cpus=2"],
+}
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_every_launcher(basic, tmp_path, launcher):
+    command = [f"hydra/launcher={launcher}", *LAUNCHERS[launcher], "norm=bn,mabn"]
+    status, _, err = finish(start(tmp_path, *command, "batch=4,999999"))
+    assert status == 1
+    assert_same(basic, tmp_path, 2)
+    assert err.count("larger than the data set") >= 2
+    assert "2 of these runs failed, see above; the same command tries them again" in err
+
+
+def test_options_for_clusters_fit_the_project(tmp_path):
+    slurm = options()["submitit_slurm"]
+    assert slurm.max_num_timeout == 100
+    assert slurm.submitit_folder.startswith("${runtime.runs}/${study}/")
+    for launcher in ("submitit_slurm", "submitit_local", "ray", "joblib", "pool"):
+        command = [sys.executable, str(ROOT / "train.py"), f"hydra/launcher={launcher}"]
+        command += ["--cfg", "hydra", "-p", "hydra.launcher"]
+        shown = subprocess.run(command, capture_output=True, text=True)
+        assert shown.returncode == 0, shown.stderr
+        assert not shown.stderr
+        assert ("max_num_timeout: 100" in shown.stdout) == (launcher == "submitit_slurm")
+        if launcher == "ray":
+            assert "max_calls: 1" in shown.stdout
+
+
+@pytest.mark.parametrize("launcher", ["joblib", "submitit_slurm", "ray"])
+def test_a_missing_launcher_says_what_to_install(launcher):
+    error = MissingConfigException("", f"hydra/launcher/{launcher}", ["basic", "pool"])
+    extra = launcher.split("_")[0]
+    assert cli.explain(error) == (
+        f"hydra/launcher={launcher}: not installed; pip install -c constraints.txt '.[{extra}]'"
+    )

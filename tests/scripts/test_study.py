@@ -1,0 +1,178 @@
+"""scripts/study.py, and what it knows: the runs that commands ask for, and their states."""
+
+import fcntl
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from scripts.study import asked, board, duration, summary
+from training.study import COMMANDS, State, cells, jobs, state
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+def screen(study, height=None):
+    console = Console(width=120)
+    with console.capture() as capture:
+        console.print(board(study, asked(study), height)[0])
+    return [line.rstrip() for line in capture.get().splitlines()]
+
+
+def test_cells_are_what_a_sweep_makes(train):
+    swept = ["norm=bn,gn", "batch=8", "seed=0,1", "recipe.lr=0.1,0.2", "recipe.updates=1"]
+    done = train("-m", *swept)
+    assert done.status == 0, done.err
+    study = done.runs / "digits-resnet8-direct"
+    line = (study / COMMANDS).read_text()
+    assert line.count("\n") == 1
+    expected = [cell.folder for cell in cells(jobs(line.split()))]
+    assert len(expected) == len(set(expected)) == 8
+    assert sorted(expected) == sorted(x for x in study.iterdir() if x.is_dir())
+    shown = asked(study)
+    assert list(shown) == expected
+    assert set(shown.values()) == {"recipe.lr=0.1", "recipe.lr=0.2"}
+    train("-m", *swept)
+    assert (study / COMMANDS).read_text() == line
+
+
+def test_the_sweep_of_an_experiment_counts():
+    assert len(jobs(["experiment=quickstart"])) == 24
+    found = cells(jobs(["experiment=quickstart", "norm=gn", "hydra/launcher=pool"]))
+    assert [c.folder.name for c in found] == ["gn-b1-s0", "gn-b2-s0", "gn-b8-s0", "gn-b32-s0"]
+    assert {c.cfg.protocol.sgd_batch for c in found} == {32}
+
+
+def test_every_state(train):
+    done = train("-m", "norm=bn,gn,ln,in,frn,none", "batch=4", "recipe.updates=2")
+    study = done.runs / "digits-resnet8-direct"
+    runs = {x.name.split("-")[0]: x for x in study.iterdir() if x.is_dir()}
+    told = json.dumps({"update": 30, "updates": 90, "seconds": 10.0, "pid": 1})
+    for norm in ("gn", "ln", "in"):
+        (runs[norm] / "result.json").unlink()
+    (runs["gn"] / "progress.json").write_text(told)
+    (runs["in"] / "error.txt").write_text("out of memory\n")
+    result = json.loads((runs["none"] / "result.json").read_text())
+    (runs["none"] / "result.json").write_text(
+        json.dumps(result | {"status": "diverged", "top1": None})
+    )
+    for file in sorted(runs["frn"].rglob("*"), reverse=True):
+        file.rmdir() if file.is_dir() else file.unlink()
+    runs["frn"].rmdir()
+    with open(runs["gn"] / ".lock") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        lines = screen(study)
+        assert state(runs["gn"]) == State("running", 30, 90, 10.0)
+        assert "4 lines left out" in screen(study, height=2)
+    assert (
+        "6 runs: 1 failed, 1 diverged, 1 running, 1 interrupted, 1 waiting, 1 finished" in lines[0]
+    )
+    assert "about" in lines[0]
+    found = {line.split("-")[0]: line.split()[1:] for line in lines[2:]}
+    assert found["bn"][:2] == ["finished", "top-1"]
+    assert found["gn"] == ["running", "30/90", "0:20"]
+    assert found["ln"] == ["interrupted"]
+    assert found["in"] == ["failed", "out", "of", "memory"]
+    assert found["none"] == ["diverged"]
+    assert found["frn"] == ["waiting"]
+    assert state(runs["gn"]).name == "interrupted"  # the lock was all that made it run
+
+
+def test_a_failure_is_kept_until_the_run_is_tried_again(train):
+    failing = ["-m", "norm=bn", "batch=4,9999"]
+    done = train(*failing)
+    assert done.status == 1
+    study = done.runs / "digits-resnet8-direct"
+    assert f"python scripts/study.py {study} shows all" in done.err
+    reasons = list(study.glob("bn-b9999-*/error.txt"))
+    assert len(reasons) == 1
+    assert (
+        reasons[0].read_text().startswith("protocol.sgd_batch=9999 (of batch and protocol): larger")
+    )
+    assert len(reasons[0].read_text().splitlines()) == 1
+    (folder,) = study.glob("bn-b4-*")
+    (folder / "result.json").unlink()
+    (folder / "error.txt").write_text("before\n")
+    train(*failing)
+    assert not (folder / "error.txt").exists()
+    assert not (folder / "progress.json").exists()
+
+
+def test_a_mistake_in_a_single_run_leaves_no_folder(train):
+    done = train("batch=9999")
+    assert done.status == 1
+    assert not done.runs.exists()
+
+
+def test_a_run_that_another_process_trains_is_not_a_failure_of_a_sweep(train):
+    done = train("-m", "batch=4,8")
+    (folder,) = done.runs.glob("*/bn-b4-*")
+    (folder / "result.json").unlink()
+    with open(folder / ".lock") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        swept = train("-m", "batch=4,8")
+    assert swept.status == 0, swept.err
+    assert "another process is training this run, skipped" in swept.out
+    assert not (folder / "error.txt").exists()
+    assert not (folder / "result.json").exists()
+
+
+def test_two_processes_that_meet_on_one_run(tmp_path):
+    command = [sys.executable, str(ROOT / "train.py"), "-m", "recipe.epochs=3", "batch=4"]
+    command += ["data.train_fraction=0.1", f"runtime.runs={tmp_path}", "runtime.threads=1"]
+    both = [
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    said = [process.communicate(timeout=300) for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    together = "".join(out for out, _ in said)
+    assert together.count("epoch 3/3") == 1
+    assert together.count("skipped") == 1
+    assert len(list(tmp_path.glob("*/*/events.out.tfevents.*"))) == 1
+
+
+def test_texts():
+    assert [duration(x) for x in (None, 5, 65, 3725)] == ["", "0:05", "1:05", "1 h 02 min"]
+    states = [State("finished", 9, 9, 60.0), State("running", 5, 10, 30.0), State("waiting")]
+    assert summary(states) == (
+        "3 runs: 1 running, 1 waiting, 1 finished; about 1:30 left with 1 at a time"
+    )
+
+
+def test_command_line(tmp_path):
+    command = [sys.executable, str(ROOT / "scripts" / "study.py")]
+    environment = os.environ | {"COLUMNS": "100"}
+    nothing = subprocess.run([*command, str(tmp_path)], capture_output=True, text=True)
+    assert nothing.returncode == 1
+    assert nothing.stderr == (
+        f"error: {tmp_path}: no study; expected a folder such as runs/quickstart\n"
+    )
+    (tmp_path / COMMANDS).write_text("norm=gn batch=2,4\n")
+    study = tmp_path.with_name("digits-resnet8-direct")
+    tmp_path.rename(study)
+    shown = subprocess.run([*command, str(study)], capture_output=True, text=True, env=environment)
+    assert shown.returncode == 0, shown.stderr
+    assert "2 runs: 2 waiting" in shown.stdout
+    (study / COMMANDS).write_text("norm=gnn batch=2,4\n")
+    wrong = subprocess.run([*command, str(study)], capture_output=True, text=True)
+    assert wrong.returncode == 1
+    assert "norm=gnn: unknown (did you mean gn" in wrong.stderr
+
+
+@pytest.mark.parametrize("name", ["finished", "diverged"])
+def test_watching_ends_when_all_is_over(tmp_path, name):
+    study = tmp_path / "study"
+    folder = study / "gn-b2-s0"
+    folder.mkdir(parents=True)
+    (folder / ".lock").touch()
+    result = {"status": name, "top1": None, "updates": 3, "wall_seconds": 1.0}
+    (folder / "result.json").write_text(json.dumps(result))
+    command = [sys.executable, str(ROOT / "scripts" / "study.py"), str(study), "--watch"]
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert shown.returncode == 0, shown.stderr
+    assert f"1 runs: 1 {name}" in shown.stdout
