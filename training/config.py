@@ -67,6 +67,14 @@ CHOICES: dict[str, tuple[str, ...]] = {
 }
 
 
+def times(factor: Any, number: Any) -> Any:
+    """`${times:8,${batch}}`: eight times the batch size. What is no number passes, for `check`."""
+    return factor * number if type(factor) is type(number) is int else number
+
+
+OmegaConf.register_new_resolver("times", times, replace=True)
+
+
 def flatten(config: Any, resolve: bool = False) -> dict[str, Any]:
     """{"recipe.lr": 0.1, …}, interpolations as written unless `resolve`."""
     if isinstance(config, DictConfig):
