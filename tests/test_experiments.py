@@ -162,7 +162,7 @@ def test_the_numbers_of_every_cell_are_the_papers(preset):
 
 def test_what_mabns_recipe_does_to_images():
     recipe = composed("experiment=mabn_imagenet").recipe
-    assert (recipe.crop, recipe.lighting, recipe.pixels) == ("square", 0.1, "bgr")
+    assert (recipe.crop, recipe.lighting, recipe.pixels) == ("random_square", 0.1, "bgr_255")
     for preset in ("gn_imagenet", "ws_imagenet", "bcn_imagenet", "pws_imagenet"):
         recipe = composed(f"experiment={preset}").recipe
         assert (recipe.crop, recipe.lighting) == ("random_resized", 0.0)
