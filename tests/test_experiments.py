@@ -13,7 +13,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 import norms
-from scripts.docs import LABELS, methods
+from scripts.docs import methods
 from training import config, protocol
 from training.optimizer import learning_rate
 
@@ -30,10 +30,9 @@ def composed(*words):
         return compose("config", list(words), return_hydra_config=True)
 
 
-def sweep(preset, *words):
-    """The cells that `python train.py -m experiment=PRESET WORDS…` runs."""
+def sweep(preset):
+    """The cells that `python train.py -m experiment=PRESET` runs."""
     parts = dict(composed(f"experiment={preset}").hydra.sweeper.params)
-    parts |= dict(word.split("=") for word in words)
     for values in itertools.product(*(str(v).split(",") for v in parts.values())):
         yield [f"{key}={value}" for key, value in zip(parts, values, strict=True)]
 
@@ -354,8 +353,8 @@ def test_expected_figures_are_the_published_ones(preset):
             "data": row["dataset"].lower().replace("-", ""),
             "model": model.replace("-", "_"),
         }[axis]
-        label = row["norm"].split(" (")[0]
-        found.setdefault((LABELS.get(label, label.lower()), column), []).append(row)
+        label = row["norm"].split(" (")[0].lower().replace("gn+ws", "ws_gn")
+        found.setdefault((label, column), []).append(row)
     for (norm, column), printed in cells.items():
         rows = found.get((method[norm], column), [])
         if printed == "–":
