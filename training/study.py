@@ -16,7 +16,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, open_dict
 
-from training.config import folder
+from training.config import check, folder
 from training.files import read, write
 
 COMMANDS = "commands.txt"  # in a study's folder, a line each
@@ -64,8 +64,9 @@ def composed(*overrides: str) -> tuple[DictConfig, DictConfig]:
     return own, full
 
 
-def cells(jobs: list[list[str]]) -> list[Cell]:
-    """The run that each list of overrides asks for.
+def cells(jobs: list[list[str]], checked: bool = False) -> list[Cell]:
+    """The run that each list of overrides asks for. Raises `ValueError` if one cannot be, and
+    `checked` is asked for.
 
     Batch size and seed are plain numbers that nothing else is composed from, so one composition
     (a fifth of a second) serves all runs that differ in them alone.
@@ -80,6 +81,8 @@ def cells(jobs: list[list[str]]) -> list[Cell]:
             for key, value in numbers.items():
                 cfg[key] = int(value)
             HydraConfig.instance().set_config(full)
+            if checked:
+                check(cfg)
             found.append(Cell(job, cfg, folder(cfg)))
         HydraConfig.instance().cfg = before
     return found

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent.parent
 
 
 def screen(study, height=None):
-    console = Console(width=120)
+    console = Console(width=200)
     with console.capture() as capture:
         console.print(board(study, asked(study), height)[0])
     return [line.rstrip() for line in capture.get().splitlines()]
