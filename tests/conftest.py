@@ -55,6 +55,7 @@ def train(tmp_path, monkeypatch, capfd):
         small = ["recipe.epochs=1", "data.train_fraction=0.1"] if quick else []
         own = [f"runtime.runs={runs}", "runtime.threads=1"]
         monkeypatch.setattr(training.cli.Report, "failures", 0)
+        monkeypatch.setattr(training.cli.Report, "told", set())
         flags = [a for a in args if a.startswith("-")]
         rest = [a for a in args if not a.startswith("-")]
         monkeypatch.setattr(sys, "argv", ["train.py", *flags, *small, *own, *rest])

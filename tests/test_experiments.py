@@ -435,3 +435,14 @@ def test_a_study_whose_sgd_batch_follows_the_batch(train):
     assert "learning rate 0.00625 = 0.1 x 16 / 256" in done.out
     again = train(*words, quick=False)
     assert again.out.count("finished already, skipped") == 2
+
+
+def test_data_that_is_not_there_is_told_once(train):
+    """Three runs, one line about them and one that counts them."""
+    made = train("-m", "experiment=pws_cifar10", "data=folder", "data.root=/nowhere", quick=False)
+    assert made.status == 1
+    told = [line for line in made.err.split("\n") if line.startswith("error: ")]
+    assert len(told) == 2, made.err
+    assert "data.root=/nowhere: does not exist" in told[0]
+    assert "3 of these runs failed" in told[1]
+    assert not list(made.runs.glob("*/*/*.pt"))

@@ -110,11 +110,15 @@ class Report(Callback):
     failures = 0
     folders: list[Path] = []
     """Of the runs of this sweep."""
+    told: set[str] = set()
+    """Reasons, so that what all runs lack, such as the data, is said once."""
 
     @classmethod
     def failed(cls, overrides: Sequence[str], reason: str) -> None:
         cls.failures += 1
-        print(f"error: {' '.join(overrides)}: {reason}", file=sys.stderr)
+        if reason not in cls.told:
+            print(f"error: {' '.join(overrides)}: {reason}", file=sys.stderr)
+        cls.told.add(reason)
 
     def on_multirun_start(self, config: Any, **kwargs: Any) -> None:
         from training.study import record
