@@ -176,7 +176,7 @@ class PoolLauncher(Launcher):
         if code > 0 or (code < 0 and not over):
             log = cell.folder / "log.txt"
             reason = now.text if now.name == "failed" else last_line(log).removeprefix("error: ")
-            Report.failed(cell.overrides, f"{reason} ({log})")
+            Report.failed(cell.overrides, reason, f" ({log})")
             return JobReturn(
                 overrides=cell.overrides, status=JobStatus.FAILED, _return_value=RunError(reason)
             )

@@ -114,10 +114,10 @@ class Report(Callback):
     """Reasons, so that what all runs lack, such as the data, is said once."""
 
     @classmethod
-    def failed(cls, overrides: Sequence[str], reason: str) -> None:
+    def failed(cls, overrides: Sequence[str], reason: str, where: str = "") -> None:
         cls.failures += 1
         if reason not in cls.told:
-            print(f"error: {' '.join(overrides)}: {reason}", file=sys.stderr)
+            print(f"error: {' '.join(overrides)}: {reason}{where}", file=sys.stderr)
         cls.told.add(reason)
 
     def on_multirun_start(self, config: Any, **kwargs: Any) -> None:
