@@ -91,12 +91,14 @@ def figure(
             "\n".join(textwrap.wrap(title, int(17.5 * size[0]))), fontsize=7.5, x=0.01, ha="left"
         )
         drawn.get_layout_engine().set(w_pad=0.08)
-        yield drawn, list(grid.flat)
-        for kind, own in (("png", {"dpi": 150}), ("svg", {"metadata": {"Date": None}})):
-            content = io.BytesIO()
-            drawn.savefig(content, format=kind, **own)
-            write(file.with_suffix(f".{kind}"), content.getvalue())
-        plt.close(drawn)
+        try:
+            yield drawn, list(grid.flat)
+            for kind, own in (("png", {"dpi": 150}), ("svg", {"metadata": {"Date": None}})):
+                content = io.BytesIO()
+                drawn.savefig(content, format=kind, **own)
+                write(file.with_suffix(f".{kind}"), content.getvalue())
+        finally:
+            plt.close(drawn)
 
 
 def spread_out(
@@ -240,7 +242,7 @@ def training_curves(table: "Table", file: Path, most: int = 4) -> Path | None:
     if len(columns) > most:
         columns = [columns[round(i * (len(columns) - 1) / (most - 1))] for i in range(most)]
     shape = (math.ceil(len(columns) / 2), min(2, len(columns)))
-    size = (7 if len(columns) > 1 else 5.5, 0.9 + 2.5 * shape[0])
+    size = (7 if len(columns) > 1 else 6, 0.9 + 2.5 * shape[0])
     with figure(file, table.title, shape, size, sharex=True, sharey=True) as (drawn, panels):
         for axes, column in zip(panels, columns, strict=False):
             for i, (row, (colour, marker)) in enumerate(styles(table).items()):
@@ -269,7 +271,11 @@ def training_curves(table: "Table", file: Path, most: int = 4) -> Path | None:
             for line, name in zip(*axes.get_legend_handles_labels(), strict=True)
         }
         drawn.legend(
-            handles.values(), handles, loc="outside lower center", ncols=min(5, len(handles))
+            *(handles.values(), handles),
+            loc="outside lower center",
+            ncols=min(6, len(handles)),
+            fontsize=8,
+            columnspacing=1.4,
         )
     return file
 

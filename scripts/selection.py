@@ -6,6 +6,7 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import Any
 
+from scripts.cells import ordered
 from scripts.runs import Measure, Record, label
 from training.files import read as load
 
@@ -32,14 +33,24 @@ class Selection:
         how = f", chosen on held-out training images from {', '.join(tried)}" if tried else ""
         return f"{self.key} of each scheme{how} ({own})"
 
-    def edges(self) -> list[str]:
-        """Schemes whose value is the smallest or the largest one tried."""
-        return [
+    def notes(self) -> list[str]:
+        """What weakens the choice, a line each."""
+        edges = [
             scheme
             for scheme, tried in self.tried.items()
-            if all(isinstance(v, int | float) for v in tried)
+            if all(isinstance(value, int | float) for value in tried)
             and self.values[scheme] in (min(tried), max(tried))
         ]
+        notes = []
+        if edges:
+            notes.append(
+                f"{self.key} of {', '.join(edges)}: at the end of what was tried; the best may lie "
+                f"outside"
+            )
+        if len({tuple(tried) for tried in self.tried.values()}) > 1:
+            lists = (f"{s} {', '.join(map(label, tried))}" for s, tried in self.tried.items())
+            notes.append(f"{self.key} was not chosen from the same values: {'; '.join(lists)}")
+        return notes
 
 
 def select(records: list[Record], key: str, measure: Measure) -> tuple[list[Record], Selection]:
@@ -56,7 +67,7 @@ def select(records: list[Record], key: str, measure: Measure) -> tuple[list[Reco
     held = [r for r in records if r.config.get("data.holdout")]
     final = [r for r in records if r not in held]
     found = Selection(key)
-    for scheme in dict.fromkeys(r.scheme for r in records):
+    for scheme in ordered(r.scheme for r in records):
         tried, own = (by_value([r for r in x if r.scheme == scheme], key) for x in (held, final))
         if tried:
             found.values[scheme] = value = best(scheme, tried, key, measure)
@@ -131,7 +142,7 @@ def commands(runs: list[Record], key: str) -> list[str]:
     for rest, members in groups.items():
         experiment = members[0].choices.get("experiment")
         start = [f"experiment={experiment}"] if experiment else []
-        start.append("norm=" + ",".join(dict.fromkeys(r.scheme for r in members)))
+        start.append("norm=" + ",".join(ordered(r.scheme for r in members)))
         if not experiment:  # which would bring its batch sizes and seeds
             start.append("batch=" + ",".join(str(b) for b in sorted({r.batch for r in members})))
             start.append("seed=" + ",".join(str(s) for s in sorted({r.seed for r in members})))

@@ -102,11 +102,7 @@ class Table:
             notes.append(f"n/a: theirs, but in no source that we could read: {'; '.join(lost)}")
         failed = {r.folder.name: r.error for c in every for r in c.runs if r.state == "failed"}
         notes += [f"{name} failed: {error or 'no reason given'}" for name, error in failed.items()]
-        if self.selection and (edges := self.selection.edges()):
-            notes.append(
-                f"{self.selection.key} of {', '.join(edges)}: at the end of what was tried; "
-                f"the best may lie outside"
-            )
+        notes += self.selection.notes() if self.selection else []
         return notes
 
 

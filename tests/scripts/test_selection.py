@@ -44,9 +44,20 @@ def test_the_best_value_of_each_scheme(held):
     shown, found = chosen(held)
     assert found.values == {"bn": 0.1, "gn": 0.1, "mabn": 0.3}
     assert found.tried["bn"] == [0.03, 0.1, 0.3]
-    assert found.edges() == ["mabn"]
+    assert found.notes() == [
+        "recipe.lr of mabn: at the end of what was tried; the best may lie outside"
+    ]
     assert shown == {"x_lr"}
     assert chosen(held, errors=True)[1].values == found.values
+
+
+def test_values_that_only_some_schemes_were_tried_with_are_told(held):
+    hold(held, "mabn", 1.0, 55.0)
+    (note,) = chosen(held)[1].notes()
+    assert note == (
+        "recipe.lr was not chosen from the same values: bn 0.03, 0.1, 0.3; gn 0.03, 0.1, 0.3; "
+        "mabn 0.03, 0.1, 0.3, 1"
+    )
 
 
 def test_a_loss_is_better_when_it_is_lower(tmp_path):
