@@ -22,15 +22,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from omegaconf import OmegaConf
 
+from scripts.cells import STATES
+from scripts.published import scheme
 from training.files import write
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ROOT / "docs" / "methods"
 OPTIONS = ROOT / "configs" / "norm"
 RESULTS = ROOT / "results"
-
-# How published rows call the methods that have another name here; "BN (…)" is a variant of "BN".
-LABELS = {"GN+WS": "ws_gn", "BN+WS": "ws_bn", "BCN+WS": "bcn", "FRN+TLU": "frn"}
 
 
 def table(header: list[str], rows: list[list[Any]]) -> str:
@@ -86,8 +85,7 @@ def published(name: str) -> str:
     header = ["norm", "model", "data", "batch", "SGD batch", "epochs", "top-1 (%)"]
     rows, sources = [], {}
     for r in data["rows"]:
-        label = r["norm"].split(" (")[0]
-        if LABELS.get(label, label.lower()) == name:
+        if scheme(r["norm"]) == name:
             error = Decimal(str(r.get("top1_error", 0)))  # decimals stay as they are printed
             top1 = f"{r.get('top1_acc', 100 - error)}"
             top1 += f" ± {r['plus_minus']}" if "plus_minus" in r else ""
@@ -108,7 +106,7 @@ def cell(row: dict[str, str]) -> str:
         spread = f" ± {float(row['std']):.2f}" if row["std"] else ""
         mark = "†" if row["filled"] == "True" else ""
         parts.append(f"{float(row['mean']):.2f}{spread}{mark} ({row['n']})")
-    parts += [f"{row[k]} {k}" for k in ("diverged", "unfinished") if row[k] != "0"]
+    parts += [f"{row[k]} {k}" for k in STATES if row.get(k, "0") != "0"]
     return ", ".join(parts) or "missing"
 
 
@@ -118,7 +116,7 @@ def measured(name: str) -> str:
         study = file.parent.name
         captions = file.with_name("table.md").read_text().splitlines()
         rows = list(csv.DictReader(file.read_text().splitlines()))
-        rows = [r for r in rows if method.get(r["scheme"]) == name]
+        rows = [r for r in rows if method.get(r.get("scheme", "")) == name and "batch_size" in r]
         for split in dict.fromkeys(r["split"] for r in rows):
             cells = {(r["scheme"], r["batch_size"]): cell(r) for r in rows if r["split"] == split}
             schemes, batches = (list(dict.fromkeys(x)) for x in zip(*cells, strict=True))

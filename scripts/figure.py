@@ -1,11 +1,23 @@
-"""Figures of a study."""
+"""The figures of a table: accuracy, training curves and costs. One style, for paper and screen."""
 
+import io
+import math
 import statistics
 import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+from zlib import crc32
 
-# Okabe and Ito's palette, which the colour-blind can tell apart, and a marker for print.
+from scripts.cells import axis
+from scripts.runs import Record, label
+from training.files import write
+
+if TYPE_CHECKING:
+    from scripts.table import Cell, Table
+
+# Okabe and Ito's palette, which the colour-blind can tell apart, and a marker for grey print.
 STYLES = [
     ("#000000", "o"),
     ("#0072B2", "s"),
@@ -15,10 +27,85 @@ STYLES = [
     ("#CC79A7", "P"),
     ("#E69F00", "X"),
 ]
+# A scheme looks the same in every figure, whatever else is in it.
+SCHEMES = dict(zip(("bn", "gn", "ws_gn", "bcn", "pws", "mabn", "brn"), STYLES, strict=True)) | {
+    "sync_bn": ("#000000", "*"),
+    "ws_bn": ("#777777", "h"),
+    "ln": ("#777777", "<"),
+    "in": ("#777777", ">"),
+    "none": ("#777777", "d"),
+    "frn": ("#0072B2", "p"),
+    "evonorm_s0": ("#009E73", "<"),
+    "evonorm_b0": ("#D55E00", ">"),
+}
+SPARE = ("*", "d", "<", ">", "p", "h", "8")
+STYLE: dict[Any, Any] = {
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": 9,
+    "axes.titlelocation": "left",
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "grid.alpha": 0.3,
+    "lines.linewidth": 1.6,
+    "lines.markersize": 5,
+    "legend.frameon": False,
+    "svg.hashsalt": "smallbatch",  # the same figure is the same file
+}
 
 
-def spread_out(values: list[float], gap: float) -> list[float]:
-    """Heights for labels, close to `values` and at least `gap` apart, in the same order."""
+def style(name: str) -> tuple[str, str]:
+    """Colour and marker of a scheme. An option of one, such as pws_imagenet, has its colour; any
+    other name always has the same two."""
+    if name in SCHEMES:
+        return SCHEMES[name]
+    known = [scheme for scheme in SCHEMES if name.startswith(f"{scheme}_")]
+    number = crc32(name.encode())
+    colour = SCHEMES[max(known, key=len)][0] if known else STYLES[number % len(STYLES)][0]
+    return colour, SPARE[number // len(STYLES) % len(SPARE)]
+
+
+def styles(table: "Table") -> dict[Any, tuple[str, str]]:
+    """Colour and marker of every row."""
+    if table.axes[0] == "norm":
+        return {row: style(row) for row in table.cells}
+    return dict(zip(table.cells, STYLES * (1 + len(table.cells) // len(STYLES)), strict=False))
+
+
+@contextmanager
+def figure(
+    file: Path, title: str, shape: tuple[int, int], size: tuple[float, float], **options: Any
+) -> Iterator[tuple[Any, list[Any]]]:
+    """A figure with its axes, saved as `file` (PNG) and as SVG when the `with` ends."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    with matplotlib.rc_context(STYLE):
+        drawn, grid = plt.subplots(
+            *shape, figsize=size, layout="constrained", squeeze=False, **options
+        )
+        drawn.suptitle(
+            "\n".join(textwrap.wrap(title, int(17.5 * size[0]))), fontsize=7.5, x=0.01, ha="left"
+        )
+        drawn.get_layout_engine().set(w_pad=0.08)
+        try:
+            yield drawn, list(grid.flat)
+            for kind, own in (("png", {"dpi": 150}), ("svg", {"metadata": {"Date": None}})):
+                content = io.BytesIO()
+                drawn.savefig(content, format=kind, **own)
+                write(file.with_suffix(f".{kind}"), content.getvalue())
+        finally:
+            plt.close(drawn)
+
+
+def spread_out(
+    values: list[float], gap: float, low: float = -math.inf, high: float = math.inf
+) -> list[float]:
+    """Heights for labels, close to `values`, at least `gap` apart where there is room between
+    `low` and `high`, in the same order."""
     order = sorted(range(len(values)), key=values.__getitem__)
     heights = [values[i] for i in order]
     for _ in range(200):
@@ -27,57 +114,216 @@ def spread_out(values: list[float], gap: float) -> list[float]:
             if overlap > 1e-9:
                 heights[i] -= overlap / 2
                 heights[i + 1] += overlap / 2
+        heights = [min(max(height, low), high) for height in heights]
     result = [0.0] * len(values)
     for i, height in zip(order, heights, strict=True):
         result[i] = height
     return result
 
 
-def accuracy_vs_batch(
-    table: dict[str, dict[int, Any]], caption: str, label: str, file: Path
-) -> None:
-    """Mean accuracy of every scheme against the batch size, with a band of one deviation."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 4.4), dpi=150, layout="constrained")
-    batches = sorted({batch for row in table.values() for batch in row})
-    ends = []
-    for (scheme, row), (colour, marker) in zip(table.items(), STYLES * 9, strict=False):
-        points = [(b, c.values) for b, c in row.items() if c.values]
-        if not points:
-            continue
-        x = [b for b, _ in points]
-        mean = [statistics.fmean(v) for _, v in points]
-        std = [statistics.stdev(v) if len(v) > 1 else 0.0 for _, v in points]
-        axes.plot(x, mean, color=colour, marker=marker, markersize=5, linewidth=1.6)
-        band = [[m + sign * s for m, s in zip(mean, std, strict=True)] for sign in (-1, 1)]
-        axes.fill_between(x, band[0], band[1], color=colour, alpha=0.15, linewidth=0)
-        ends.append((scheme, colour, x[-1], mean[-1]))
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(batches, [str(b) for b in batches])
-    axes.minorticks_off()
-    axes.set_xlabel("batch size (images that share statistics)")
-    axes.set_ylabel(label)
-    axes.grid(axis="y", alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.set_title("\n".join(textwrap.wrap(caption, 100)), fontsize=7, loc="left")
-    bottom, top = axes.get_ylim()
-    heights = spread_out([y for *_, y in ends], 0.05 * (top - bottom))
-    for (scheme, colour, end, y), height in zip(ends, heights, strict=True):
+def name_lines(axes: Any, ends: list[tuple[str, str, float, float]]) -> None:
+    """The names of lines at their right ends: (name, colour, x, y) each."""
+    axes.get_xlim(), axes.get_ylim()  # settles the limits
+    to_axes = axes.transScale + axes.transLimits
+    places = [to_axes.transform((x, y))[1] for *_, x, y in ends]
+    heights = spread_out(places, 0.17 / (axes.figure.get_figheight() - 1), 0.01, 1)  # 0.17 inches
+    for (name, colour, x, y), height in zip(ends, heights, strict=True):
         axes.annotate(
-            scheme,
-            xy=(end, y),
-            xytext=(1.02, height),
-            textcoords=axes.get_yaxis_transform(),
+            name,
+            xy=(x, y),
+            xytext=(1.03, height),
+            textcoords="axes fraction",
             color=colour,
             va="center",
-            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.6, "alpha": 0.6},
+            arrowprops={
+                **{"arrowstyle": "-", "color": colour, "linewidth": 0.6, "alpha": 0.6},
+                **{"relpos": (0, 0.5), "shrinkA": 1, "shrinkB": 0},
+            },
             annotation_clip=False,
         )
-    temporary = file.with_name(file.name + ".tmp")
-    figure.savefig(temporary, format="png")
-    plt.close(figure)
-    temporary.replace(file)
+
+
+def across(axes: Any, columns: list[Any], table: "Table") -> dict[Any, float]:
+    """Where each column stands on the x axis: by its logarithm if all are numbers above 0."""
+    numbers = all(isinstance(c, int | float) and c > 0 for c in columns)
+    places = {c: float(c) if numbers else float(i) for i, c in enumerate(columns)}
+    if numbers:
+        axes.set_xscale("log", base=2)
+    axes.set_xticks(list(places.values()), [label(c) for c in columns])
+    axes.minorticks_off()
+    axes.set_xlabel(axis(table.axes[1]) + " (images that share statistics)" * by_batch(table))
+    return places
+
+
+def by_batch(table: "Table") -> bool:
+    return table.axes[1] == "batch"
+
+
+def line(axes: Any, points: list[tuple[float, list[float]]], colour: str, **options: Any) -> None:
+    """Means with a band of one standard deviation."""
+    x = [place for place, _ in points]
+    mean = [statistics.fmean(values) for _, values in points]
+    std = [statistics.stdev(values) if len(values) > 1 else 0.0 for _, values in points]
+    axes.plot(x, mean, color=colour, **options)
+    low, high = ([m + sign * s for m, s in zip(mean, std, strict=True)] for sign in (-1, 1))
+    axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
+
+
+def draw(table: "Table", folder: Path, suffix: str = "") -> list[Path]:
+    """All figures of a table that its runs have numbers for; returns the PNG files, each of which
+    has an SVG beside it."""
+    accuracy = "error" if table.measure.errors else "accuracy"
+    what = accuracy if table.measure.accuracy else table.measure.metric
+    against = "".join(c if c.isalnum() else "_" for c in table.axes[1])
+    made = [
+        numbers(table, folder / f"{what}_vs_{against}{suffix}.png"),
+        training_curves(table, folder / f"training_curves{suffix}.png"),
+        costs(table, folder / f"cost_vs_{against}{suffix}.png"),
+    ]
+    return [file for file in made if file]
+
+
+def numbers(table: "Table", file: Path) -> Path | None:
+    """The table's numbers against its columns, and dashed what is published."""
+    from matplotlib.lines import Line2D
+
+    if not any(cell.values for cells in table.cells.values() for cell in cells.values()):
+        return None
+    with figure(file, table.title, (1, 1), (7, 3.4 + 0.12 * len(table.cells))) as (drawn, (axes,)):
+        columns = list(table.columns)
+        if by_batch(table):
+            columns = sorted({*columns, *(b for curve in table.curves.values() for b in curve)})
+        place = across(axes, columns, table)
+        ends = []
+        for row, (colour, marker) in styles(table).items():
+            ours = [(place[c], cell.values) for c, cell in table.cells[row].items() if cell.values]
+            theirs = [(place[b], [x]) for b, x in table.curves.get(row, {}).items()]
+            dashed: dict[str, Any] = {
+                "linestyle": (0, (4, 2)),
+                "linewidth": 1.1,
+                "markerfacecolor": "white",
+            }
+            line(axes, theirs, colour, marker=marker, **dashed)
+            line(axes, ours, colour, marker=marker)
+            if ours or theirs:
+                x, values = (ours or theirs)[-1]
+                ends.append((label(row), colour, x, statistics.fmean(values)))
+        when = f", {table.measure.when}" if table.measure.when else ""
+        axes.set_ylabel(table.measure.name + when)
+        name_lines(axes, ends)
+        if table.curves:
+            proxy = Line2D([], [], color="#555555", marker="o", **dashed)
+            sources = dict.fromkeys(f"{paper}, {name}" for paper, name, *_ in table.sources)
+            drawn.legend(
+                [proxy], [f"dashed: {'; '.join(sources)}"], loc="outside lower left", fontsize=7.5
+            )
+    return file
+
+
+def learning(cell: "Cell", errors: bool) -> list[tuple[float, list[float]]]:
+    """Epoch and the test accuracies of the seeds, where all of them were evaluated."""
+    curves = [
+        {e["epoch"]: e["test_top1"] for e in r.epochs if "test_top1" in e} for r in cell.finished
+    ]
+    shared = sorted(set.intersection(*map(set, curves))) if curves else []
+    return [(epoch, [100 - c[epoch] if errors else c[epoch] for c in curves]) for epoch in shared]
+
+
+def training_curves(table: "Table", file: Path, most: int = 4) -> Path | None:
+    """Test accuracy after each epoch, a panel for each of at most `most` columns."""
+    errors = table.measure.errors
+    points = {
+        column: {row: learning(cells[column], errors) for row, cells in table.cells.items()}
+        for column in table.columns
+    }
+    columns = [c for c, rows in points.items() if any(len(x) > 1 for x in rows.values())]
+    if not columns:
+        return None
+    if len(columns) > most:
+        columns = [columns[round(i * (len(columns) - 1) / (most - 1))] for i in range(most)]
+    shape = (math.ceil(len(columns) / 2), min(2, len(columns)))
+    size = (7 if len(columns) > 1 else 6, 0.9 + 2.5 * shape[0])
+    with figure(file, table.title, shape, size, sharex=True, sharey=True) as (drawn, panels):
+        for axes, column in zip(panels, columns, strict=False):
+            for i, (row, (colour, marker)) in enumerate(styles(table).items()):
+                epochs = points[column][row]
+                if epochs:
+                    every = max(1, len(epochs) // 6)
+                    line(
+                        axes,
+                        epochs,
+                        colour,
+                        marker=marker,
+                        markevery=(i % every, every),
+                        label=label(row),
+                    )
+            axes.set_title(f"{axis(table.axes[1])} {label(column)}")
+            axes.set_xlabel("epoch")
+            axes.xaxis.get_major_locator().set_params(integer=True)
+        for axes in panels[len(columns) :]:
+            axes.set_visible(False)
+        for axes in panels:
+            axes.label_outer()
+        drawn.supylabel(f"test {'error' if errors else 'accuracy'} (%)", fontsize=9)
+        handles = {
+            name: line
+            for axes in panels
+            for line, name in zip(*axes.get_legend_handles_labels(), strict=True)
+        }
+        drawn.legend(
+            *(handles.values(), handles),
+            loc="outside lower center",
+            ncols=min(6, len(handles)),
+            fontsize=8,
+            columnspacing=1.4,
+        )
+    return file
+
+
+def epoch_seconds(run: Record) -> float | None:
+    """Of training an epoch, evaluation aside: the median over epochs."""
+    speeds = [e["images_per_second"] for e in run.epochs if e.get("images_per_second")]
+    return run.epochs[0]["update"] * run.sgd_batch / statistics.median(speeds) if speeds else None
+
+
+def gibibytes(run: Record) -> float | None:
+    memory = run.result and run.result.get("peak_memory_bytes")
+    return memory / 2**30 if memory else None
+
+
+def costs(table: "Table", file: Path) -> Path | None:
+    """Time of an epoch and peak memory against the columns, of runs on the same hardware."""
+    from matplotlib.ticker import LogLocator
+
+    runs = [r for cells in table.cells.values() for c in cells.values() for r in c.finished]
+    if len({(r.result["device"], r.result["threads"]) for r in runs if r.result}) != 1:
+        return None
+    panels = {"seconds per epoch (training)": epoch_seconds, "peak memory (GiB)": gibibytes}
+    panels = {name: of for name, of in panels.items() if any(map(of, runs))}
+    if not panels:
+        return None
+    size = (3.2 + 3.2 * len(panels), 3.2 + 0.12 * len(table.cells))
+    with figure(file, table.title, (1, len(panels)), size) as (_, grid):
+        for axes, (name, of) in zip(grid, panels.items(), strict=True):
+            place = across(axes, table.columns, table)
+            ends, shown = [], []
+            for row, (colour, marker) in styles(table).items():
+                points = []
+                for column, cell in table.cells[row].items():
+                    found = [x for x in map(of, cell.finished) if x and not cell.filled]
+                    points += [(place[column], found)] if found else []
+                line(axes, points, colour, marker=marker)
+                shown += [x for _, values in points for x in values]
+                if points:
+                    x, values = points[-1]
+                    ends.append((label(row), colour, x, statistics.fmean(values)))
+            if max(shown) > 5 * min(shown):
+                axes.set_yscale("log")
+                axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+                axes.yaxis.set_major_formatter("{x:g}")
+                axes.yaxis.set_minor_formatter("")
+            else:
+                axes.set_ylim(0, 1.08 * max(shown))
+            axes.set_ylabel(name)
+            name_lines(axes, ends)
+    return file

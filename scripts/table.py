@@ -1,273 +1,364 @@
-"""The table and the figure of a study: accuracy by scheme and batch size.
+"""The table and the figures of one or several studies, with the published numbers beside ours.
 
-    python scripts/table.py runs/STUDY [--metric best_top1] [--split recipe.lr]
+    python scripts/table.py runs/STUDY                      # accuracy by scheme and batch size
+    python scripts/table.py runs/STUDY --rule best --errors --baseline bn
+    python scripts/table.py runs/STUDY --rows norm.groups --split protocol.name
+    python scripts/table.py runs/STUDY_lr runs/STUDY --select recipe.lr
 
-Reads the files of the runs, nothing else; writes table.md, table.csv and accuracy_vs_batch.png
-into the study's folder.
+Reads the files of the runs, nothing else; writes table.md, table.csv, table.tex (for LaTeX with
+\\usepackage{booktabs}) and the figures, PNG and SVG, into the last study's folder or `--out`.
+KEY is any key of the runs' configuration, or `norm`, the scheme.
 """
 
 import argparse
-import csv
-import io
-import statistics
 import sys
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from training.config import identity
-from training.files import read as load
+from scripts import formats, published, runs
+from scripts.cells import LEVEL, Cell, Cells, axis, tabulate, welch
+from scripts.runs import RULES, Measure, Record, label
+from scripts.selection import Selection, select
 from training.files import write
 
-AXES = ("batch", "seed")  # with norm.*: what may differ within a table
-
 
 @dataclass
-class Cell:
-    """The runs of one scheme at one batch size."""
+class Table:
+    title: str
+    """What the runs are, in a line: for figures."""
+    caption: str
+    """All that a reader of the numbers needs, in a line."""
+    axes: tuple[str, str]
+    """The keys of rows and columns."""
+    measure: Measure
+    cells: Cells
+    selection: Selection | None = None
+    sources: list[tuple[str, ...]] = field(default_factory=list)
+    """Of the published numbers; their place in the list is their number in the table."""
+    curves: dict[Any, dict[int, float]] = field(default_factory=dict)
+    """Row: the published numbers by batch size."""
+    elsewhere: list[published.Row] = field(default_factory=list)
+    """Published, of rows of the table, at no batch size that is known."""
 
-    values: list[float] = field(default_factory=list)
-    diverged: int = 0
-    unfinished: int = 0
-    filled: bool = False  # from another batch size of a batch-free scheme
+    @property
+    def columns(self) -> list[Any]:
+        return list(next(iter(self.cells.values())))
 
-    def text(self) -> str:
-        parts = []
-        if self.values:
-            mean = statistics.fmean(self.values)
-            spread = f" ± {statistics.stdev(self.values):.2f}" if len(self.values) > 1 else ""
-            parts.append(f"{mean:.2f}{spread}{'†' if self.filled else ''} ({len(self.values)})")
-        if self.diverged:
-            parts.append(f"{self.diverged} diverged")
-        if self.unfinished:
-            parts.append(f"{self.unfinished} unfinished")
-        return ", ".join(parts) or "missing"
+    def lines(self) -> list[list[str]]:
+        """What is printed: the header, a line per row, and a line below it with the published
+        numbers where there are any."""
+        corner = " \\ ".join(map(axis, self.axes))
+        chosen = self.selection if self.selection and self.axes[0] == "norm" else None
+        lines = [[corner, *([chosen.key] if chosen else []), *map(label, self.columns)]]
+        for row, cells in self.cells.items():
+            extra = [label(chosen.values[row])] if chosen else []
+            lines.append([label(row), *extra, *(cell.text() for cell in cells.values())])
+            theirs = [self.published(cell) for cell in cells.values()]
+            if any(theirs):
+                lines.append(["– published", *([""] if chosen else []), *theirs])
+        return lines
 
+    def published(self, cell: Cell) -> str:
+        numbers = self.numbers(cell)
+        if not numbers:
+            return "n/a" if cell.absent else ""
+        source = self.sources.index(published.source(cell.rows[0])) + 1
+        apart = ""
+        if cell.difference is not None:
+            apart = f" {round(cell.difference, 2) + 0.0:+.2f}".replace("-", "−")  # and no -0.00
+        return f"{' / '.join(map(str, numbers))} [{source}]{apart}"
 
-@dataclass
-class Record:
-    """What a run's folder says."""
+    def numbers(self, cell: Cell) -> list[Decimal]:
+        kind = self.measure.accuracy or "top1"
+        found = (published.number(row, kind, self.measure.errors) for row in cell.rows)
+        return [x for x in found if x is not None]
 
-    folder: Path
-    scheme: str
-    batch: int
-    seed: int
-    config: dict[str, Any]
-    result: dict[str, Any] | None
-
-
-def read(study: Path) -> list[Record]:
-    """All runs of a study. Raises `ValueError` if there are none."""
-    records = []
-    for file in sorted(study.glob("*/.hydra/config.yaml")):
-        folder = file.parent.parent
-        config = identity(load(file, "batch", "seed"))
-        scheme = load(file.with_name("hydra.yaml"), "hydra")["hydra"]["runtime"]["choices"]["norm"]
-        done = folder / "result.json"
-        result = load(done, "status", "batch_free", "sgd_batch") if done.exists() else None
-        records.append(Record(folder, scheme, config["batch"], config["seed"], config, result))
-    if not records:
-        raise ValueError(f"{study}: no runs in it; expected a folder such as runs/quickstart")
-    return records
-
-
-def groups(records: list[Record], split: list[str]) -> dict[str, list[Record]]:
-    """The records by the values of the keys in `split`, "" if there are none.
-
-    Raises `ValueError` if records of one group differ in any key but scheme, batch size and seed.
-    """
-    parts: dict[str, list[Record]] = defaultdict(list)
-    for record in records:
-        unknown = [key for key in split if key not in record.config]
-        if unknown and not any(unknown[0] in r.config for r in records):
-            raise ValueError(f"--split {unknown[0]}: no run has this key")
-        values = [f"{key}={record.config.get(key, 'absent')}" for key in split]
-        parts[", ".join(values)].append(record)
-    for part in parts.values():
-        first: dict[str, Record] = {}
-        once: dict[tuple[str, int, int], Record] = {}
-        for record in part:
-            same = once.setdefault((record.scheme, record.batch, record.seed), record)
-            if same is not record:
-                raise ValueError(f"{record.folder} and {same.folder} are the same run twice")
-        for record in part:
-            for own, key in ((True, record.scheme), (False, "")):
-                other = first.setdefault(key, record)
-                differ = [
-                    k
-                    for k in sorted(record.config | other.config)
-                    if k not in AXES
-                    and k not in split
-                    and k.startswith("norm.") == own
-                    and record.config.get(k) != other.config.get(k)
-                ]
-                if differ:
-                    raise ValueError(
-                        f"{record.folder.name} and {other.folder.name} differ in {differ[0]} "
-                        f"({record.config.get(differ[0])} and {other.config.get(differ[0])}); "
-                        f"--split {differ[0]} makes a table for each value"
-                    )
-    return parts
+    def notes(self) -> list[str]:
+        """What stands below the table, a line each."""
+        every = [cell for row in self.cells.values() for cell in row.values()]
+        notes = []
+        if any(cell.filled for cell in every):
+            notes.append(
+                "† not run: without batch statistics every batch size is the same computation here"
+            )
+        if self.sources:
+            notes.append("published: their number, [its source], ours minus theirs")
+        rows = defaultdict(list)
+        for row in (row for cell in every for row in cell.rows):
+            rows[published.source(row)].append(row)
+        notes += [f"[{i}] {published.describe(rows[s])}" for i, s in enumerate(self.sources, 1)]
+        for row in self.elsewhere:
+            found = self.numbers(Cell(rows=[row]))
+            where = published.describe([row])
+            notes += [f"at no batch size that is named: {row['norm']} {x}, {where}" for x in found]
+        lost = dict.fromkeys(cell.absent for cell in every if cell.absent)
+        if lost:
+            notes.append(f"n/a: theirs, but in no source that we could read: {'; '.join(lost)}")
+        failed = {r.folder.name: r.error for c in every for r in c.runs if r.state == "failed"}
+        notes += [f"{name} failed: {error or 'no reason given'}" for name, error in failed.items()]
+        notes += self.selection.notes() if self.selection else []
+        return notes
 
 
-def tabulate(records: list[Record], metric: str) -> dict[str, dict[int, Cell]]:
-    """Scheme -> batch size -> cell, both in order; every scheme has every batch size."""
-    order = list(dict.fromkeys(r.scheme for r in records))
-    known = ("bn", "gn", "ws_gn", "bcn", "pws", "mabn")
-    order.sort(key=lambda s: (known.index(s) if s in known else len(known), s))
-    batches = sorted({r.batch for r in records})
-    table = {scheme: {batch: Cell() for batch in batches} for scheme in order}
-    for record in records:
-        cell = table[record.scheme][record.batch]
-        if record.result is None:
-            cell.unfinished += 1
-        elif record.result["status"] == "diverged":
-            cell.diverged += 1
-        elif type(record.result.get(metric)) not in (int, float):
-            raise ValueError(f"--metric {metric}: {record.folder.name} has no such number")
-        else:
-            cell.values.append(record.result[metric])
-    for scheme, row in table.items():
-        fill(row, [r for r in records if r.scheme == scheme and r.result], metric)
-    return table
-
-
-def fill(row: dict[int, Cell], records: list[Record], metric: str) -> None:
-    """A scheme without batch statistics at a fixed SGD batch is the same computation at every
-    batch size: where it was not run, its other runs stand, one for each seed."""
-    free = all(r.result and r.result["batch_free"] for r in records)
-    if not records or not free or len({r.result["sgd_batch"] for r in records if r.result}) > 1:
+def compare(table: Table, records: list[Record], reference: published.Reference) -> None:
+    """Put the published numbers into the cells and the curves."""
+    metric = table.measure.accuracy
+    if not metric:
         return
-    if any(r.config["protocol.sgd_batch"] is None for r in records):
-        return
-    by_seed = {r.seed: r.result[metric] for r in records if r.result and r.result[metric]}
-    for cell in row.values():
-        if not (cell.values or cell.diverged or cell.unfinished) and by_seed:
-            cell.values, cell.filled = list(by_seed.values()), True
+    by_batch = table.axes.index("batch") if "batch" in table.axes else None
+
+    def find(run: Record, batch: int) -> Cell:
+        """Of a run like this one at that batch size."""
+        sizes = {r.sgd_batch for r in records if r.batch == batch} or {r.sgd_batch for r in records}
+        sgd_batch = sizes.pop() if len(sizes) == 1 else None
+        found = Cell(rows=reference.rows(run, metric, batch, sgd_batch))
+        numbers = set(table.numbers(found))
+        found.theirs = numbers.pop() if len(numbers) == 1 else None
+        return found
+
+    for row, cells in table.cells.items():
+        for column, cell in cells.items():
+            at, kin = (row, column), cell.runs
+            if not kin and by_batch is not None:
+                other = 1 - by_batch
+                kin = [r for r in records if r.value(table.axes[other]) == at[other]]
+            if not kin:
+                continue
+            found = find(kin[0], kin[0].batch if by_batch is None else at[by_batch])
+            cell.rows, cell.theirs = found.rows, found.theirs
+            if not found.rows:
+                cell.absent = reference.lost(kin[0])
+            elif published.source(found.rows[0]) not in table.sources:
+                table.sources.append(published.source(found.rows[0]))
+        kin = [r for r in records if r.value(table.axes[0]) == row]
+        if kin and by_batch == 1:
+            for batch in sorted({*table.columns, *reference.batches()}):
+                if (theirs := find(kin[0], batch).theirs) is not None:
+                    table.curves.setdefault(row, {})[batch] = float(theirs)
+            table.elsewhere += reference.unplaced(kin[0])
 
 
-def caption(records: list[Record], metric: str, title: str) -> str:
-    """What the numbers are: one line."""
+def listed(values: Any) -> str:
+    return ", ".join(label(x) for x in dict.fromkeys(values))
+
+
+def setting(records: list[Record]) -> str:
+    """What the runs are: model, data, recipe, length, protocol, hardware."""
     results = [r.result for r in records if r.result]
-    if not results:
-        return title
-
-    def each(key: str) -> str:
-        values = dict.fromkeys(r[key] for r in results)
-        return ", ".join(f"{x:g}" if isinstance(x, float) else str(x) for x in values)
-
-    what = {
-        "top1": "top-1 accuracy (%, last epoch)",
-        "best_top1": "top-1 accuracy (%, best epoch)",
-    }
-    data = each("data")
-    lengths = sorted({r["epochs"] for r in results if r["status"] == "finished"})
-    epochs = ", ".join(f"{x:g}" for x in lengths) + " epochs, " if lengths else ""
+    data = listed(r.data for r in records)
     for part in dict.fromkeys(r.config.get("data.train_fraction", 1) for r in records):
         data += f" ({100 * part:g} % of its training images)" if part < 1 else ""
     if any(r.config.get("data.holdout") for r in records):
         data += ", evaluated on held-out training images"
-    direct = "direct" in {r["protocol"] for r in results}
-    sgd = "equal to the batch size" if direct else each("sgd_batch")
+    lengths = sorted({r["epochs"] for r in results if r["status"] == "finished"})
+    sizes = sorted({r.sgd_batch for r in records})
+    ratios = {r.sgd_batch / r.batch for r in records}
+    sgd_batch = listed(sizes)
+    if len(sizes) > 1 and len(ratios) == 1:
+        times = f"{ratios.pop():g}"
+        sgd_batch = "equal to the batch size" if times == "1" else f"{times} x the batch size"
+    parts = [
+        f"{listed(r.model for r in records)} on {data}",
+        f"recipe {listed(r.value('recipe.name') for r in records)}",
+        *([f"{listed(lengths)} epochs"] if lengths else []),
+        f"protocol {listed(r.value('protocol.name') for r in records)}",
+        f"SGD batch {sgd_batch}",
+    ]
+    devices = listed(r["device"] for r in results)
+    threads = listed(r["threads"] for r in results if r["device"] == "cpu")
+    if results:
+        parts.append(devices + (f" ({threads} thread{'s' * (threads != '1')})" if threads else ""))
+        parts.append(f"torch {listed(r['versions']['torch'] for r in results)}")
+    return ", ".join(parts)
+
+
+def what(table_measure: Measure, reference: published.Reference) -> str:
+    """What the numbers are, and by whose rule."""
+    text = table_measure.name + (f", {table_measure.when}" if table_measure.when else "")
+    for paper, rule in reference.papers.items():
+        if rule and table_measure.rule:
+            same = rule == table_measure.rule
+            text += f" (as {paper} reports)" if same else f" ({paper} reports the {RULES[rule]})"
+    return text
+
+
+def tested(cells: Cells, baseline: str) -> str:
+    """What the caption says of the significance marks."""
+    others = [c for row, line in cells.items() if label(row) != baseline for c in line.values()]
+    done = [cell.p is not None for cell in others if cell.values]
+    need = "3 runs or more in both cells, all finished"
+    if not any(done):
+        return f"not tested against {baseline}, which takes {need}"
+    rest = "" if all(done) else f"; tested where there are {need}"
     return (
-        f"{title}: {what.get(metric, metric)} on {data}, mean ± standard deviation "
-        f"(n seeds); {each('model')}, recipe {each('recipe')}, {epochs}protocol "
-        f"{each('protocol')}, SGD batch {sgd}"
+        f"* differs from {baseline} in the same column (Welch's t-test, two-sided p < {LEVEL}, not "
+        f"corrected for the number of tests{rest})"
     )
 
 
-def markdown(table: dict[str, dict[int, Cell]]) -> str:
-    batches = list(next(iter(table.values())))
-    lines = ["| scheme \\ batch size | " + " | ".join(map(str, batches)) + " |"]
-    lines.append("|---|" + "---:|" * len(batches))
-    for scheme, row in table.items():
-        lines.append(f"| {scheme} | " + " | ".join(c.text() for c in row.values()) + " |")
-    return "\n".join(lines)
+def seeds(cells: Cells) -> str:
+    sizes = sorted(len(c.values) for row in cells.values() for c in row.values() if c.values)
+    return "n = " + " to ".join(map(str, dict.fromkeys(sizes[:1] + sizes[-1:] or [0])))
 
 
-def notes(table: dict[str, dict[int, Cell]]) -> list[str]:
-    filled = any(c.filled for row in table.values() for c in row.values())
-    mark = "† not run: without batch statistics every batch size is the same computation here"
-    return [mark] if filled else []
+@dataclass
+class Options:
+    """Of the command line."""
+
+    rows: str = "norm"
+    columns: str = "batch"
+    split: Sequence[str] = ()
+    rule: str | None = None
+    """None: of the experiment's paper, else the last epoch's."""
+    metric: str | None = None
+    """A number of result.json, instead of a rule."""
+    errors: bool = False
+    published: list[str] | None = None
+    """Tables of published.yaml; None: the experiment's."""
+    baseline: str | None = None
+    select: str | None = None
+    out: Path | None = None
+    """Folder for the files; None: the last study's."""
+
+
+@dataclass
+class Shown:
+    """What `show` has made."""
+
+    markdown: str
+    pictures: list[Path]
+    """PNG; each has an SVG of the same name beside it."""
+    tables: dict[str, Table]
+    """By split; "" without one."""
+
+
+def make(records: list[Record], split: str, options: Options) -> Table:
+    """The table of these runs. Raises `ValueError`, in one line, if they cannot be one."""
+    axes = (options.rows, options.columns)
+    experiments = [r.choices.get("experiment") for r in records]
+    reference = published.choose(experiments, options.published)
+    rules = set(reference.papers.values()) or {None}
+    rule = options.rule or (rules.pop() if len(rules) == 1 else None) or "last"
+    measure = Measure(options.metric or "top1", None if options.metric else rule, options.errors)
+
+    free, selection = list(options.split), None
+    if options.select:
+        runs.check(records, list(axes), [*free, options.select, "data.holdout"])
+        records, selection = select(records, options.select, measure)
+        free.append(options.select)
+    runs.check(records, list(axes), free)
+    part = {r.config.get("data.train_fraction", 1) for r in records} != {1}
+    if (part or any(r.config.get("data.holdout") for r in records)) and not options.published:
+        reference.tables, reference.not_found = [], []  # theirs are of all images
+
+    name = " + ".join(dict.fromkeys(r.folder.resolve().parent.name for r in records))
+    name += f" ({split})" if split else ""
+    schemes = selection.values if selection and axes[0] == "norm" else ()
+    cells = tabulate(records, axes, measure, schemes)
+    about = [f"{what(measure, reference)}, mean ± standard deviation (n seeds)"]
+    about += [setting(records), seeds(cells)]
+    if selection:
+        about.append(selection.text())
+    if options.baseline:
+        welch(cells, options.baseline)
+        about.append(tested(cells, options.baseline))
+    title = f"{name}: {setting(records)}"
+    table = Table(title, f"{name}: {'; '.join(about)}", axes, measure, cells, selection)
+    compare(table, records, reference)
+    return table
+
+
+def show(studies: Sequence[Path], options: Options | None = None, console: Any = None) -> Shown:
+    """Write table.md, table.csv, table.tex and the figures of the studies, and print to a rich
+    `console` if there is one. Raises `ValueError`, in one line, for what cannot be a table."""
+    from scripts.figure import draw
+
+    options = options or Options()
+    records = runs.read(*studies)
+    for option, keys in [
+        ("--rows", [options.rows]),
+        ("--columns", [options.columns]),
+        ("--split", options.split),
+        ("--select", [options.select] if options.select else []),
+    ]:
+        for key in keys:
+            runs.need(records, option, key)
+    if options.rows == options.columns:
+        raise ValueError(f"--columns {options.columns}: is --rows too; expected another key")
+    folder = options.out or studies[-1]
+    folder.mkdir(parents=True, exist_ok=True)
+
+    parts = runs.split(records, options.split)
+    tables = {part: make(members, part, options) for part, members in parts.items()}
+    text, pictures = [], []
+    for part, table in tables.items():
+        suffix = "".join(x if x.isalnum() or x in ".-" else "_" for x in f"_{part}") if part else ""
+        made = draw(table, folder, suffix)
+        notes = [note + "\n" for note in table.notes()]
+        images = [f"![{file.stem.replace('_', ' ')}]({file.name})" for file in made]
+        text += [
+            table.caption + "\n",
+            formats.markdown(table) + "\n",
+            *notes,
+            "\n".join(images) + "\n",
+        ]
+        pictures += made
+        if console:
+            formats.screen(table, console)
+    shown = Shown("\n".join(text), pictures, tables)
+    write(folder / "table.md", shown.markdown)
+    write(folder / "table.csv", formats.tidy(tables))
+    write(folder / "table.tex", "\n".join(formats.latex(table) for table in tables.values()))
+    if console:
+        seconds = sum(r.result["wall_seconds"] for r in records if r.result)
+        console.print(f"figures: {', '.join(str(file) for file in pictures) or 'nothing to draw'}")
+        console.print(
+            f"tables: {folder / 'table.md'}, .csv and .tex ({seconds / 60:.1f} minutes of training)"
+        )
+    return shown
 
 
 def main() -> None:
+    from rich.console import Console
+
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("study", type=Path, help="folder with the runs of a study")
-    parser.add_argument("--metric", default="top1", help="number of result.json (default: top1)")
-    parser.add_argument(
-        "--split", action="append", default=[], metavar="KEY", help="a table per value"
+    add = parser.add_argument
+    add("studies", type=Path, nargs="+", metavar="STUDY", help="folder with the runs of a study")
+    add("--rows", default="norm", metavar="KEY", help="default: norm, the scheme")
+    add("--columns", default="batch", metavar="KEY", help="default: batch, the batch size")
+    add("--split", action="append", default=[], metavar="KEY", help="a table per value")
+    add("--rule", choices=RULES, help="which epoch's accuracy (default: the paper's, else last)")
+    add(
+        "--metric", metavar="NUMBER", help="of result.json instead: test_loss, top5, wall_seconds …"
     )
-    args = parser.parse_args()
+    add("--errors", action="store_true", help="100 - accuracy")
+    add(
+        "--published",
+        action="append",
+        metavar='"PAPER, TABLE"',
+        help="of results/published.yaml (default: the experiment's)",
+    )
+    add("--baseline", metavar="ROW", help="mark what differs from this row, such as bn")
+    add("--select", metavar="KEY", help="choose its value for each scheme on held-out images")
+    add("--out", type=Path, metavar="FOLDER", help="for the files (default: the last study's)")
+    args = vars(parser.parse_args())
+    width = None if sys.stdout.isatty() else 160  # a file or a pipe has no width of its own
+    console = Console(highlight=False, markup=False, soft_wrap=True, width=width)
     try:
-        show(args.study, args.metric, args.split)
+        if args["rule"] and args["metric"]:
+            raise ValueError(f"--metric {args['metric']}: --rule has no meaning for it")
+        show(args.pop("studies"), Options(**args), console)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
-
-
-def show(study: Path, metric: str, split: list[str]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    from scripts.figure import accuracy_vs_batch
-
-    width = None if sys.stdout.isatty() else 160  # a file or a pipe has no width of its own
-    console = Console(highlight=False, soft_wrap=True, width=width)
-    records = read(study)
-    text = []
-    rows = io.StringIO()
-    writer = csv.writer(rows, lineterminator="\n")
-    writer.writerow(
-        ["split", "scheme", "batch_size", "mean", "std", "n", "diverged", "unfinished", "filled"]
-    )
-    parts = groups(records, split)
-    for part, members in parts.items():
-        table = tabulate(members, metric)
-        line = caption(members, metric, study.name + (f" ({part})" if part else ""))
-        text += [line + "\n", markdown(table) + "\n", *notes(table)]
-        shown = Table(title=line, title_justify="left", title_style="")
-        shown.add_column("scheme \\ batch size")
-        for batch in next(iter(table.values())):
-            shown.add_column(str(batch), justify="right")
-        for scheme, row in table.items():
-            shown.add_row(scheme, *(c.text() for c in row.values()))
-            for batch, c in row.items():
-                mean = statistics.fmean(c.values) if c.values else ""
-                std = statistics.stdev(c.values) if len(c.values) > 1 else ""
-                writer.writerow(
-                    [
-                        part,
-                        scheme,
-                        batch,
-                        mean,
-                        std,
-                        len(c.values),
-                        c.diverged,
-                        c.unfinished,
-                        c.filled,
-                    ]
-                )
-        console.print(shown)
-        for note in notes(table):
-            console.print(note)
-        suffix = "".join(x if x.isalnum() or x in ".-" else "_" for x in f"_{part}") if part else ""
-        picture = study / f"accuracy_vs_batch{suffix}.png"
-        accuracy_vs_batch(table, line, "accuracy (%)" if "top" in metric else metric, picture)
-        text.append(f"\n![accuracy against batch size]({picture.name})\n")
-        console.print(f"figure: {picture}")
-    write(study / "table.md", "\n".join(text))
-    write(study / "table.csv", rows.getvalue())
-    seconds = sum(r.result["wall_seconds"] for r in records if r.result)
-    console.print(
-        f"table: {study / 'table.md'}, {study / 'table.csv'} "
-        f"({seconds / 60:.1f} minutes of training)"
-    )
 
 
 if __name__ == "__main__":

@@ -110,6 +110,22 @@ def test_measured_cells(tmp_path, monkeypatch):
     assert docs.measured("gn") == "Not measured yet."
 
 
+def test_measured_cells_of_a_newer_table_and_one_of_other_keys(tmp_path, monkeypatch):
+    monkeypatch.setattr(docs, "RESULTS", tmp_path)
+    for study, head in (
+        ("mine", "scheme,batch_size,recipe.lr,metric"),
+        ("other", "recipe.lr,batch_size,x,metric"),
+    ):
+        (tmp_path / study).mkdir()
+        (tmp_path / study / "table.csv").write_text(
+            f"split,{head},mean,std,n,diverged,failed,unfinished,filled,published\n"
+            ',gn,2,0.1,"top-1 accuracy (%), last epoch",50.0,,1,0,2,0,False,\n'
+        )
+        (tmp_path / study / "table.md").write_text(f"{study}: top-1 accuracy (%)\n")
+    assert docs.measured("gn").count("| gn | 50.00 (1), 2 failed |") == 1
+    assert "other" not in docs.measured("gn")
+
+
 def test_cost_takes_the_numbers_that_are_there(tmp_path, monkeypatch):
     monkeypatch.setattr(docs, "RESULTS", tmp_path)
     assert docs.cost("pws") == "Not measured yet."
