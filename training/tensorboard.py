@@ -171,11 +171,14 @@ def summarize(
 
     `curves`: title -> scheme -> curve, a chart each in Custom Scalars with a line and a band for
     each scheme, such as accuracy against batch size. A scheme is a run of its own, named
-    `<study>/table/<scheme>`, since TensorBoard gives colours to runs.
+    `<study>/table/<scheme>`, since TensorBoard gives colours to runs. Raises `ValueError` if a run
+    has the folder's name.
     """
     from PIL import Image
 
     folder, curves = study / "table", curves or {}
+    if (folder / ".hydra").exists():
+        raise ValueError(f"{folder}: a run has this name, where TensorBoard's table would stand")
     former = list(folder.glob("**/events.out.tfevents.*.table"))
     events = Events(folder, 0, ".table")
     # Pictures have a tab of their own; in a text TensorBoard shows none.
