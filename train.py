@@ -73,7 +73,8 @@ def main(cfg: DictConfig) -> float | None:
             progress = loop.train(
                 model, loader, plan, cfg.recipe, cfg.runtime, run, tensorboard, state, probe
             )
-        result = report.result(cfg, plan, source, model, loader, scheme.batch_free, progress)
+            result = report.result(cfg, plan, source, model, loader, scheme.batch_free, progress)
+            tensorboard.finish(result)
         run.finish(result)
         say(report.closing(result))
         return result["top1"]

@@ -492,7 +492,7 @@ def points(folder):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(folder)).Reload()
-    tags = [t for t in events.Tags()["scalars"] if t != "run/images_per_second"]
+    tags = [t for t in events.Tags()["scalars"] if not t.endswith("images_per_second")]
     return {t: [(e.step, e.value) for e in events.Scalars(t)] for t in tags}
 
 
