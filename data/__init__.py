@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from data.imagenet import imagenet
+from data import imagenet
 from data.loader import Loader, check_size
 from data.sources import Source, cifar, digits, folder, synthetic
 from data.splits import Files, Split, stratified
@@ -30,7 +30,7 @@ def find(config: Any, sgd_batch: int, recipe: Any) -> Source:
     elif config.name == "folder":
         source = folder(config.root, config.size, config.cache)
     elif config.name == "imagenet":
-        source = imagenet(config.root, config.size, config.resize, config.complete)
+        source = imagenet.tree(config.root, config.size, config.resize, config.complete)
     else:
         source = cifar(config.name, config.root, config.cache)
     if recipe.flip and not source.mirror:

@@ -14,7 +14,7 @@ ENDINGS = tuple(EXTENSIONS)
 EXPECTED = "expected train/<wnid>/*.JPEG and val/<wnid>/*.JPEG in it"
 
 
-def imagenet(root: str | None, size: int, resize: int, complete: bool = True) -> Source:
+def tree(root: str | None, size: int, resize: int, complete: bool = True) -> Source:
     """The tree at `root`, train/<class>/<image> beside val/<class>/<image>, for crops of `size`.
 
     Classes are numbered in the order of their names, as in torchvision and published weights.

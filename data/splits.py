@@ -56,8 +56,8 @@ def stratified(split: Part, fraction: float, salt: int) -> tuple[Part, Part]:
     """
     chosen = torch.zeros(len(split), dtype=torch.bool)
     rng = np.random.default_rng([salt, 0x5711])
-    for label in split.labels.unique():
-        members = (split.labels == label).nonzero().flatten()
+    counts = split.labels.unique(return_counts=True)[1]
+    for members in split.labels.argsort(stable=True).split(counts.tolist()):
         count = max(1, round(fraction * len(members)))
         chosen[members[torch.from_numpy(rng.permutation(len(members))[:count])]] = True
     return split.take(chosen), split.take(~chosen)

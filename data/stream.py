@@ -78,7 +78,8 @@ def decode(file: Path) -> Tensor:
             with Image.open(file) as image:
                 return torch.from_numpy(np.array(rgb(image))).permute(2, 0, 1)
     except Exception as error:  # a damaged file can end in about any
-        what = "not an image" if isinstance(error, UnidentifiedImageError) else error
+        # Its text: a frame that kept the error would keep, in a cycle, all frames and their workers.
+        what = "not an image" if isinstance(error, UnidentifiedImageError) else str(error)
         raise ValueError(f"data.root: cannot read the image {file} ({what})") from error
 
 
@@ -317,29 +318,23 @@ class Stream:
         self.turn += 1
         turn, labels = self.turn, self.labels if split == "train" else self.test_labels
         unread: list[str] = []
-        blocks = iter(self.blocks)
         try:
-            for job in list(self.jobs.now):
+            for wanted, block in zip(self.jobs.now, self.blocks, strict=True):
                 if turn != self.turn:  # the workers read for somebody else now
                     raise RuntimeError("batches of an earlier train() or test() of this loader")
-                try:
-                    images, index, colours, failed = block = next(blocks)
-                except RuntimeError as error:
-                    if "worker (pid" not in str(error):
-                        raise
-                    raise ChildProcessError(
-                        f"data.workers={self.workers}: one was killed ({str(error)[:100]}), often "
-                        f"for want of memory or of room in /dev/shm; fewer workers need less, 0 "
-                        f"none"
-                    ) from error
-                self.check(block, len(job[2]) if split == "train" else 0)
+                images, index, colours, failed = block
+                self.check(block, len(wanted[2]) if split == "train" else 0)
                 unread += failed
-                yield (
-                    self.normalize(images, colours),
-                    labels[index].to(self.device, non_blocking=True),
-                )
+                yield self.normalize(images, colours), labels[index].to(self.device)
             if split == "test" and len(unread) == len(order):
                 raise ValueError(f"none of the images can be read; the first: {unread[0]}")
+        except RuntimeError as error:
+            if "worker (pid" not in str(error):
+                raise
+            raise ChildProcessError(
+                f"data.workers={self.workers}: one was killed ({str(error)[:100]}), often for want "
+                f"of memory or of room in /dev/shm; fewer workers need less, 0 none"
+            ) from error
         finally:  # also where the last update comes before the epoch's end
             if unread:
                 instead = "left out" if split == "test" else "replaced by the next ones"
