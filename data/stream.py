@@ -78,7 +78,7 @@ def decode(file: Path) -> Tensor:
             with Image.open(file) as image:
                 return torch.from_numpy(np.array(rgb(image))).permute(2, 0, 1)
     except Exception as error:  # a damaged file can end in about any
-        # Its text: a frame that kept the error would keep, in a cycle, all frames and their workers.
+        # Its text: this frame would keep the error, and that in turn all frames and the workers.
         what = "not an image" if isinstance(error, UnidentifiedImageError) else str(error)
         raise ValueError(f"data.root: cannot read the image {file} ({what})") from error
 
