@@ -31,7 +31,7 @@ def main(cfg: DictConfig) -> float | None:
     config.check(cfg)
     plan = protocol.plan(cfg)
     where = device.find(cfg.device)
-    source = data.find(cfg.data, plan.sgd_batch, cfg.recipe.flip)
+    source = data.find(cfg.data, plan.sgd_batch, cfg.recipe)
     options = {k: v for k, v in cfg.norm.items() if k != "name"}
     sizes = dict(batch_size=plan.batch, sgd_batch_size=plan.sgd_batch)
     scheme = norms.build(cfg.norm.name, **sizes, **options)
@@ -51,16 +51,7 @@ def main(cfg: DictConfig) -> float | None:
         state = run.load()
         device.prepare(where, cfg.runtime.threads, state, say)
 
-        train, test = data.read(source, cfg.data)
-        loader = data.Loader(
-            train,
-            test,
-            plan.sgd_batch,
-            seed=cfg.seed,
-            crop=cfg.recipe.crop,
-            flip=cfg.recipe.flip,
-            device=where,
-        )
+        loader = data.load(source, cfg.data, cfg.recipe, plan.sgd_batch, cfg.seed, where, say)
         model.to(where)
         if scheme.initialize and state is None:
             scheme.initialize(model, loader.sample(128))

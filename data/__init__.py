@@ -1,21 +1,27 @@
 """Data sets by name, their parts and their batches."""
 
+from collections.abc import Callable
 from typing import Any
 
+import torch
+
+from data import imagenet
 from data.loader import Loader, check_size
 from data.sources import Source, cifar, digits, folder, synthetic
-from data.splits import Split, stratified
+from data.splits import Files, Split, stratified
+from data.stream import CROPS, Stream
 
-__all__ = ["Loader", "Source", "Split", "find", "read"]
+__all__ = ["Files", "Loader", "Source", "Split", "Stream", "find", "load", "read"]
 
 
-def find(config: Any, sgd_batch: int, flip: bool) -> Source:
-    """The data set of a `data` config group, for such a training. Raises `ValueError` or
+def find(config: Any, sgd_batch: int, recipe: Any) -> Source:
+    """The data set of a `data` config group, for a training by a `recipe`. Raises `ValueError` or
     `FileNotFoundError` if it is not there or does not fit; reads no images yet."""
     for key, low, high in (("train_fraction", 0.0, 1.0), ("holdout", -1e-9, 0.9)):
         if not low < config[key] <= high:
             allowed = "above 0 and at most 1" if key == "train_fraction" else "from 0 to 0.9"
             raise ValueError(f"data.{key}={config[key]}: expected a number {allowed}")
+    check_recipe(config.name, recipe)
     if config.name == "digits":
         source = digits()
     elif config.name == "synthetic":
@@ -23,9 +29,11 @@ def find(config: Any, sgd_batch: int, flip: bool) -> Source:
         source = synthetic(**{key: config[key] for key in keys})
     elif config.name == "folder":
         source = folder(config.root, config.size, config.cache)
+    elif config.name == "imagenet":
+        source = imagenet.tree(config.root, config.size, config.resize, config.complete)
     else:
         source = cifar(config.name, config.root, config.cache)
-    if flip and not source.mirror:
+    if recipe.flip and not source.mirror:
         raise ValueError(
             f"recipe.flip=true: a mirrored image of data={config.name} has another class or none; "
             f"expected false"
@@ -35,8 +43,31 @@ def find(config: Any, sgd_batch: int, flip: bool) -> Source:
     return source
 
 
-def read(source: Source, config: Any) -> tuple[Split, Split]:
-    """Training and test images, after `data.holdout` and `data.train_fraction`.
+def check_recipe(name: str, recipe: Any) -> None:
+    """Raise `ValueError` for an augmentation that the data set `name` does not have."""
+    if name == "imagenet":
+        if recipe.crop not in CROPS:
+            raise ValueError(
+                f"recipe.crop={recipe.crop}: data=imagenet has photographs of all sizes; expected "
+                f"{' or '.join(CROPS)} (recipe=imagenet has the first)"
+            )
+        return
+    if recipe.crop in CROPS:
+        raise ValueError(
+            f"recipe.crop={recipe.crop}: data={name} has images of one size; expected the pixels "
+            f"of zero padding (recipe=cifar has 4)"
+        )
+    for key, plain in (("lighting", 0.0), ("pixels", "standardized")):
+        if recipe.get(key, plain) != plain:
+            raise ValueError(
+                f"recipe.{key}={recipe[key]}: is for data=imagenet; expected {plain} with "
+                f"data={name}"
+            )
+
+
+def read(source: Source, config: Any) -> tuple[Any, Any]:
+    """Training and test images, after `data.holdout` and `data.train_fraction`: two of `Split`, or
+    of `Files` where they stay on disk.
 
     With a holdout, that part of every class of the training images stands in for the test images,
     which are not touched.
@@ -47,3 +78,22 @@ def read(source: Source, config: Any) -> tuple[Split, Split]:
     if config.train_fraction < 1:
         train, _ = stratified(train, config.train_fraction, salt=2)
     return train, test
+
+
+def load(
+    source: Source,
+    config: Any,
+    recipe: Any,
+    sgd_batch: int,
+    seed: int,
+    device: torch.device | str = "cpu",
+    say: Callable[[str], None] = print,
+) -> Loader | Stream:
+    """The batches of a data set for one training: on the device where it fits, else from disk."""
+    train, test = read(source, config)
+    keys = dict(crop=recipe.crop, flip=recipe.flip, device=device)
+    if isinstance(train, Split):
+        return Loader(train, test, sgd_batch, seed, **keys)
+    keys |= {key: recipe[key] for key in ("lighting", "pixels") if key in recipe}
+    keys |= {key: config[key] for key in ("size", "resize", "workers", "on_error")}
+    return Stream(train, test, sgd_batch, seed, say=say, **keys)

@@ -34,6 +34,8 @@ class Loader:
     units of 0 to 1, one for each channel.
     """
 
+    reversed = False  # whether the network gets the channels in reverse order
+
     def __init__(
         self,
         train: Split,

@@ -10,18 +10,22 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from data.splits import Split, stratified
 
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
 EXTENSIONS = {".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 
 
 @dataclass(frozen=True)
 class Source:
-    """A data set that is there to be read: `read()` gives its training and its test images."""
+    """A data set that is there to be read."""
 
     num_classes: int
     channels: int
@@ -29,7 +33,8 @@ class Source:
     train_images: int
     mirror: bool
     """Whether a mirrored image keeps its class."""
-    read: Callable[[], tuple[Split, Split]]
+    read: Callable[[], tuple[Any, Any]]
+    """Training and test images: two of `Split`, or of `Files`."""
 
 
 def digits() -> Source:
@@ -174,12 +179,18 @@ def _read_image(file: Path, size: int) -> np.ndarray:
 
     try:
         with Image.open(file) as opened:
-            image = ImageOps.exif_transpose(opened)
-            if image.mode.startswith("I"):  # 16-bit grey, which `convert` would clip
-                image = Image.fromarray((np.asarray(image) // 257).clip(0, 255).astype(np.uint8))
-            image = image.convert("RGB")
+            image = rgb(ImageOps.exif_transpose(opened))
     except (OSError, SyntaxError, ValueError) as error:
         raise ValueError(f"data.root: cannot read the image {file} ({error})") from error
     if image.size != (size, size):
         image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
     return np.asarray(image).transpose(2, 0, 1)
+
+
+def rgb(image: "Image") -> "Image":
+    """The image in eight bits of red, green and blue, whatever its mode."""
+    from PIL import Image
+
+    if image.mode.startswith("I"):  # 16-bit grey, which `convert` would clip
+        image = Image.fromarray((np.asarray(image) // 257).clip(0, 255).astype(np.uint8))
+    return image.convert("RGB")

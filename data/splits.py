@@ -1,6 +1,9 @@
 """Images with labels, and stratified parts of them."""
 
+import os
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -21,7 +24,31 @@ class Split:
         return Split(self.images[index], self.labels[index])
 
 
-def stratified(split: Split, fraction: float, salt: int) -> tuple[Split, Split]:
+@dataclass(frozen=True)
+class Files:
+    """Images that stay on disk. `names`: (N,) bytes, paths below `root`; `labels`: (N,) int64.
+
+    An array of bytes and not a list of texts: a million names are a single copy for each worker.
+    """
+
+    root: Path
+    names: np.ndarray
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def take(self, index: Tensor) -> "Files":
+        return Files(self.root, self.names[index.numpy()], self.labels[index])
+
+    def path(self, index: int) -> Path:
+        return self.root / os.fsdecode(self.names[index])
+
+
+Part = TypeVar("Part", Split, Files)
+
+
+def stratified(split: Part, fraction: float, salt: int) -> tuple[Part, Part]:
     """`split` in two, the first with `fraction` of every class (rounded, at least one image).
 
     Which images is a function of `salt` alone: not of the run's seed, so that all runs of a study
@@ -29,8 +56,8 @@ def stratified(split: Split, fraction: float, salt: int) -> tuple[Split, Split]:
     """
     chosen = torch.zeros(len(split), dtype=torch.bool)
     rng = np.random.default_rng([salt, 0x5711])
-    for label in split.labels.unique():
-        members = (split.labels == label).nonzero().flatten()
+    counts = split.labels.unique(return_counts=True)[1]
+    for members in split.labels.argsort(stable=True).split(counts.tolist()):
         count = max(1, round(fraction * len(members)))
         chosen[members[torch.from_numpy(rng.permutation(len(members))[:count])]] = True
     return split.take(chosen), split.take(~chosen)

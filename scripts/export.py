@@ -35,13 +35,14 @@ class FromPixels(nn.Module):
     scale: Tensor
     shift: Tensor
 
-    def __init__(self, network: nn.Module, mean: Tensor, std: Tensor):
+    def __init__(self, network: nn.Module, mean: Tensor, std: Tensor, reverse: bool = False):
         super().__init__()
-        self.network = network
+        self.network, self.reverse = network, reverse  # reverse: from RGB to BGR
         self.register_buffer("scale", 1 / (255 * std))
         self.register_buffer("shift", -mean / std)
 
     def forward(self, images: Tensor) -> Tensor:
+        images = images.flip(1) if self.reverse else images
         return self.network(images.float() * self.scale + self.shift)
 
 
@@ -94,7 +95,8 @@ def export(run: Path, out: Path) -> str:
     mean, std = (torch.tensor(result["pixels"][k])[:, None, None] for k in ("mean", "std"))
     shape, random = result["image_shape"], torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (5, *shape), dtype=torch.uint8, generator=random)
-    network = FromPixels(folded, mean, std).eval()
+    reverse = result["pixels"].get("reversed", False)
+    network = FromPixels(folded, mean, std, reverse).eval()
     any_number = ({0: torch.export.Dim("batch", min=1)},)
     try:
         program = torch.export.export(network, (images,), dynamic_shapes=any_number)
@@ -108,7 +110,7 @@ def export(run: Path, out: Path) -> str:
         again = torch.export.load(io.BytesIO(file.getvalue())).module()
     deviations = []
     for part in (images[:1], images):
-        expected = model((part / 255 - mean) / std)
+        expected = model(((part.flip(1) if reverse else part) / 255 - mean) / std)
         deviations.append((again(part) - expected).abs().max() / expected.abs().max())
     deviation = torch.stack(deviations).max().item()
     if not deviation <= TOLERANCE:  # NaN neither

@@ -162,7 +162,8 @@ def test_every_experiment_and_data_set_composes(experiment, data):
     if data is None:
         assert keys["study"] == experiment
     else:
-        follows = {"digits": ("resnet8", "digits")}.get(data, ("resnet20", "cifar"))
+        own = {"digits": ("resnet8", "digits"), "imagenet": ("resnet50", "imagenet")}
+        follows = own.get(data, ("resnet20", "cifar"))
         assert (keys["model.name"], keys["recipe.name"]) == follows
 
 
@@ -387,6 +388,18 @@ MISTAKES = [
         1,
         ["norm=evonorm_s0: is norm and activation in one, and ResNet keeps them apart"],
     ),
+    (["recipe.crop=-1"], 1, ["recipe.crop=-1: expected a whole number from 0, random_r"]),
+    (["recipe.crop=centre"], 1, ["recipe.crop=centre: expected a whole number from 0, rand"]),
+    (["recipe.crop=random_square"], 1, ["recipe.crop=random_square: data=digits", "zero padding"]),
+    (["recipe=imagenet", "recipe.crop=1", "recipe.lighting=0.1"], 1, ["lighting=0.1: is for data"]),
+    (["recipe=imagenet", "recipe.pixels=bgr"], 1, ["recipe.pixels=bgr: expected standardized, b"]),
+    (["data=imagenet", "recipe.crop=4"], 1, ["recipe.crop=4: data=imagenet", "random_resized or"]),
+    (["data=imagenet"], 1, ["data.root=null: data=imagenet needs the path", "train/<wnid>/*.JPEG"]),
+    (["data=imagenet", "data.root=/nowhere"], 1, ["data.root=/nowhere: does not exist"]),
+    (["data=imagenet", "data.resize=200"], 1, ["data.resize=200: expected at least data.size=224"]),
+    (["data=imagenet", "data.workers=-1"], 1, ["data.workers=-1: expected a whole number from 0"]),
+    (["data=imagenet", "data.on_error=stop"], 1, ["data.on_error=stop: expected raise, skip"]),
+    (["data=imagenet", "data.complete=no"], 1, ["data.complete=no: expected true or false"]),
     (["recipe.milestones=[30,60]"], 1, ["recipe.milestones=[30, 60]: expected parts from 0 to 1"]),
     (["recipe.epochs=null"], 1, ["recipe.epochs=null: expected a number"]),
     (["recipe.flip=true"], 1, ["recipe.flip=true: a mirrored image of data=digits"]),

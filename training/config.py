@@ -12,7 +12,10 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 # Where a run comes from and how it is carried out, but not what comes out of it.
-OUTSIDE = ("device", "study", "name", "overwrite", "data.root", "data.cache")
+OUTSIDE = (
+    *("device", "study", "name", "overwrite", "data.root", "data.cache", "data.workers"),
+    "data.on_error",  # what a run made of all images is, it would be either way
+)
 OUTSIDE_GROUPS = ("runtime.", "probe.")
 
 # Whole numbers, and the least that is allowed.
@@ -22,6 +25,8 @@ COUNTS = {
     "protocol.sgd_batch": 1,
     "protocol.forward": 1,
     "data.size": 1,
+    "data.resize": 1,
+    "data.workers": 0,
     "data.classes": 2,
     "data.channels": 1,
     "data.train_images": 1,
@@ -50,6 +55,7 @@ NUMBERS = {
     "recipe.warmup": PART,
     "recipe.lr_decay": PART,
     "recipe.label_smoothing": PART,
+    "recipe.lighting": (0.0, 1e300, " from 0"),
     "norm.momentum": PART,
     "norm.rate": PART,
     "norm.eps": (0.0, 1e300, " from 0"),
@@ -58,8 +64,11 @@ NUMBERS = {
     "norm.r_max": (1.0, 1e300, " from 1"),
     "norm.d_max": (0.0, 1e300, " from 0"),
 }
-CHOICES: dict[str, tuple[str, ...]] = {
+CHOICES: dict[str, tuple[str, ...]] = {  # beside a number, where the key is above too
     "protocol.name": ("direct", "accumulate", "ghost"),
+    "data.on_error": ("raise", "skip"),
+    "recipe.crop": ("random_resized", "random_square"),
+    "recipe.pixels": ("standardized", "bgr_255"),
     "recipe.schedule": ("step", "cosine", "linear"),
     "probe.name": ("none", "batch_statistics", "gradient_shift"),
     "recipe.precision": ("float32", "bfloat16", "float16"),
@@ -93,7 +102,7 @@ def identity(config: Any) -> dict[str, Any]:
     name of the data set."""
     flat = flatten(config)
     keys = {k: v for k, v in flat.items() if k not in OUTSIDE and not k.startswith(OUTSIDE_GROUPS)}
-    if flat.get("data.name") == "folder":
+    if flat.get("data.name") == "folder" or flat.get("data.complete") is False:
         keys["data.root"] = os.path.basename(os.path.normpath(str(flat["data.root"])))
     return keys
 
@@ -178,19 +187,20 @@ def check(cfg: DictConfig) -> None:
         default = base[key]
         if value is None and (default is None or key == "recipe.epochs"):
             continue
+        allowed = CHOICES.get(key, ())
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if key in COUNTS:
             right = number and isinstance(value, int) and COUNTS[key] <= value < 2**53
-            expected = f"a whole number from {COUNTS[key]}"
+            right = right or value in allowed
+            expected = ", ".join([f"a whole number from {COUNTS[key]}", *allowed])
         elif isinstance(default, bool):
             right, expected = isinstance(value, bool), "true or false"
         elif key in NUMBERS or isinstance(default, int | float):
             low, high, bounds = NUMBERS.get(key, (-1e300, 1e300, ""))
             right, expected = number and low <= value <= high, f"a number{bounds}"
         else:
-            allowed = CHOICES.get(key, (value,))
-            right = value is not None and value in allowed
-            expected = ", ".join(map(str, allowed)) if key in CHOICES else "a text"
+            right = value is not None and (not allowed or value in allowed)
+            expected = ", ".join(allowed) or "a text"
         if not right:
             typed = {None: "null", True: "true", False: "false"}
             value = typed[value] if value is None or isinstance(value, bool) else value

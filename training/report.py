@@ -118,7 +118,7 @@ def result(
         "test_images": len(loader.test_labels),
         "image_shape": [source.channels, source.size, source.size],
         "classes": source.num_classes,
-        "pixels": {"mean": loader.mean, "std": loader.std},
+        "pixels": {"mean": loader.mean, "std": loader.std, "reversed": loader.reversed},
         "images_per_second": now.update * plan.sgd_batch / max(now.train_seconds, 1e-9),
         "wall_seconds": now.wall_seconds,
         "peak_memory_bytes": memory,

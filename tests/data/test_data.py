@@ -140,7 +140,7 @@ def test_fraction_and_holdout_are_stratified_and_disjoint():
 )
 def test_fractions_out_of_range(values, message):
     with pytest.raises(ValueError, match=message):
-        data.find(config(name="digits", **values), 2, False)
+        data.find(config(name="digits", **values), 2, config(crop=1, flip=False))
 
 
 # --- folders of images

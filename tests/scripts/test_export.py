@@ -45,13 +45,14 @@ def test_the_program_takes_pixels_and_answers_like_the_run(train, call, norm):
 
     program = torch.export.load(run / "model.pt2").module()
     model, _, result = export.load(run)
-    cfg = OmegaConf.load(run / ".hydra" / "config.yaml").data
-    training, test = data.read(data.find(cfg, 8, False), cfg)
+    cfg = OmegaConf.load(run / ".hydra" / "config.yaml")
+    training, test = data.read(data.find(cfg.data, 8, cfg.recipe), cfg.data)
     pixels = training.images.double() / 255
     mean, std = pixels.mean((0, 2, 3)), pixels.std((0, 2, 3), correction=0)
     assert result["pixels"] == {
         "mean": pytest.approx(mean.tolist(), rel=1e-9),
         "std": pytest.approx(std.tolist(), rel=1e-9),
+        "reversed": False,
     }
     with torch.no_grad():
         for size in (1, 2, 3, len(test)):

@@ -1,0 +1,383 @@
+"""Batches of photographs that stay on disk, read ahead by worker processes.
+
+Workers decode, cut out, scale and mirror; colours are changed on the device, to which the images
+travel as bytes. As with data that lives on the device, order and augmentation are pure functions of
+(seed, epoch, index): the number of workers changes nothing, and an epoch that is entered in the
+middle reads nothing of what it skips.
+"""
+
+import math
+import multiprocessing
+import os
+import threading
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from data.loader import check_size
+from data.sources import rgb
+from data.splits import Files
+
+BLOCK = 32  # images that a worker delivers at once, however small or large the SGD batch
+TRIES = 100  # images in a row that may be unreadable
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's pixels, from 0 to 1
+# Principal components of ImageNet's colours, columns, times their deviations (AlexNet's; the
+# numbers are those of fb.resnet.torch).
+COLOURS = np.array(
+    [[-0.5675, 0.7192, 0.4009], [-0.5808, -0.0045, -0.8140], [-0.5836, -0.6948, 0.4203]]
+) * (0.2175, 0.0188, 0.0045)
+
+Box = tuple[int, int, int, int]
+"""Left, top, width and height of a window, in pixels."""
+Job = tuple[str, int | None, np.ndarray]
+"""Of which split, for which epoch (None: as in evaluation), which images."""
+Block = tuple[Tensor, Tensor, Tensor, list[str]]
+"""Pixels (N, 3, H, W) uint8, indices (N,), colour shifts (N, 3), and what could not be read."""
+
+
+# --- one photograph
+
+
+@cache
+def _jpeg_decoder() -> Any:
+    """torchvision's, a third faster than PIL's with the same pixels; None where it has none (it is
+    deprecated there, and called below the function that says so for every image)."""
+    try:
+        import torchvision.io  # noqa: F401  # registers it
+
+        return torch.ops.image.decode_jpeg
+    except (ImportError, AttributeError):
+        return None
+
+
+def decode(file: Path) -> Tensor:
+    """(3, H, W) uint8, RGB whatever the file's mode and format, as stored: EXIF's orientation is
+    ignored, as everywhere with ImageNet. Raises `ValueError` for a file that cannot be read."""
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        content = np.fromfile(file, np.uint8)
+        if not len(content):
+            raise ValueError("the file is empty")
+        decoder = _jpeg_decoder()
+        if decoder and bytes(content[:2]) == b"\xff\xd8":
+            try:
+                return decoder(torch.from_numpy(content), 3, False)  # 3: RGB
+            except RuntimeError:
+                pass  # PIL can read it, or says better what is wrong
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of damaged metadata, which nobody looks at
+            with Image.open(file) as image:
+                return torch.from_numpy(np.array(rgb(image))).permute(2, 0, 1)
+    except Exception as error:  # a damaged file can end in about any
+        # Its text: this frame would keep the error, and that in turn all frames and the workers.
+        what = "not an image" if isinstance(error, UnidentifiedImageError) else str(error)
+        raise ValueError(f"data.root: cannot read the image {file} ({what})") from error
+
+
+def random_resized(width: int, height: int, rng: np.random.Generator) -> Box:
+    """GoogLeNet's window: 8 to 100 % of the area, sides from 3:4 to 4:3; after ten that do not fit,
+    the largest such window in the middle."""
+    for _ in range(10):
+        area = width * height * rng.uniform(0.08, 1)
+        ratio = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            x, y = rng.integers(0, [width - w + 1, height - h + 1]).tolist()
+            return x, y, w, h
+    w, h = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
+    return (width - w) // 2, (height - h) // 2, w, h
+
+
+def random_square(width: int, height: int, rng: np.random.Generator) -> Box:
+    """MABN's window: a square of 8 to 100 % of the area; after ten that do not fit, the last one,
+    which leaves the image."""
+    for _ in range(10):
+        edge = max(1, round(math.sqrt(width * height * rng.uniform(0.08, 1))))
+        spare = np.array([width - edge, height - edge])
+        x, y = rng.integers(np.minimum(spare, 0), np.maximum(spare, 0) + 1).tolist()
+        if spare.min() >= 0:
+            break
+    return x, y, edge, edge
+
+
+CROPS = {"random_resized": random_resized, "random_square": random_square}
+
+
+def cut(image: Tensor, box: Box) -> Tensor:
+    """The window `box` of (3, H, W), black where it leaves the image."""
+    (x, y, w, h), (height, width) = box, image.shape[1:]
+    inside = image[:, max(y, 0) : y + h, max(x, 0) : x + w]
+    if inside.shape[1:] == (h, w):
+        return inside
+    sides = (max(-x, 0), max(x + w - width, 0), max(-y, 0), max(y + h - height, 0))
+    return F.pad(inside, sides)
+
+
+def scale(image: Tensor, height: int, width: int) -> Tensor:
+    """Bilinear, smoothed where it shrinks: (3, H, W) uint8 to (3, height, width)."""
+    pixels = image[None].contiguous(memory_format=torch.channels_last)  # much the fastest
+    return F.interpolate(pixels, (height, width), mode="bilinear", antialias=True)[0]
+
+
+def centre(image: Tensor, size: int, resize: int) -> Tensor:
+    """The short side scaled to `resize`, `size` x `size` pixels cut out of the middle."""
+    height, width = image.shape[1:]
+    short = min(height, width)
+    height, width = int(resize * height / short), int(resize * width / short)
+    y, x = round((height - size) / 2), round((width - size) / 2)
+    return scale(image, height, width)[:, y : y + size, x : x + size]
+
+
+# --- what a worker does
+
+
+class Photographs:
+    """Reads the images of a `Job`: the part of a `Stream` that its workers have a copy of."""
+
+    def __init__(
+        self,
+        splits: dict[str, Files],
+        seed: int,
+        size: int,
+        resize: int,
+        crop: str,
+        flip: bool,
+        lighting: float,
+        skip: bool,
+    ):
+        self.splits, self.seed, self.size, self.resize = splits, seed, size, resize
+        self.crop, self.flip, self.lighting, self.skip = crop, flip, lighting, skip
+
+    def __getitem__(self, job: Job) -> Block:
+        split, epoch, wanted = job
+        files, index, unread = self.splits[split], list[int](), list[str]()
+        pixels = torch.empty((len(wanted), self.size, self.size, 3), dtype=torch.uint8)
+        images, colours = pixels.permute(0, 3, 1, 2), torch.zeros((len(wanted), 3))
+        for first in wanted.tolist():
+            n = len(index)
+            # In training the next image takes an unreadable one's place: SGD batches are full.
+            for i in range(first, first + (TRIES if epoch is not None else 1)):
+                try:
+                    image = decode(files.path(i % len(files)))
+                except ValueError as error:
+                    unread.append(str(error))
+                    if self.skip:
+                        continue
+                    return images[:0], torch.empty(0), colours[:0], unread
+                if epoch is None:
+                    images[n] = centre(image, self.size, self.resize)
+                else:
+                    images[n], colours[n] = self.augment(image, epoch, first)
+                index.append(i % len(files))
+                break
+        n = len(index)
+        return images[:n], torch.tensor(index, dtype=torch.int64), colours[:n], unread
+
+    def augment(self, image: Tensor, epoch: int, index: int) -> tuple[Tensor, Tensor]:
+        """A window of the image, mirrored or not, and what is added to its colours."""
+        rng = np.random.default_rng([self.seed, epoch, 1 + index])  # without it: the order's
+        mirror = rng.integers(2) and self.flip
+        height, width = image.shape[1:]
+        window = cut(image, CROPS[self.crop](width, height, rng))
+        window = scale(window, self.size, self.size)
+        shift = COLOURS @ rng.normal(0, 1, 3) * (255 * self.lighting)
+        return window.flip(2) if mirror else window, torch.from_numpy(shift)
+
+
+class Jobs:
+    """The order of work, for a `DataLoader`, which outlives it with its workers."""
+
+    def __init__(self) -> None:
+        self.now: list[Job] = []
+
+    def __iter__(self) -> Iterator[Job]:
+        return iter(self.now)
+
+
+def _as_it_is(block: Any) -> Any:
+    return block
+
+
+def _end_with_parent(worker: int) -> None:
+    """Without this, workers of a killed run would live as long as the server that forked them,
+    which lives as long as they do."""
+    parent = multiprocessing.parent_process()
+
+    def watch() -> None:
+        if parent:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+# --- batches
+
+
+class Stream:
+    """`train`: SGD batches of augmented images; `test`: every test image exactly once.
+
+    `crop`: "random_resized" or "random_square", scaled to `size`; `flip`: mirror half of the
+    images; `lighting`: standard deviation of AlexNet's colour noise; `pixels`: "standardized" by
+    ImageNet's mean and deviation, or "bgr_255", BGR from 0 to 255. Evaluation scales the short side
+    to `resize` and cuts the middle out. `workers`: processes; 0: none; None: as many as torch has
+    threads. `on_error`: "raise", or "skip" unreadable images and `say` how many at the end of a
+    pass: evaluation leaves them out, training takes the next one instead.
+
+    Batches raise `ValueError` for an unreadable image, `ChildProcessError` if a worker is gone.
+    """
+
+    def __init__(
+        self,
+        train: Files,
+        test: Files,
+        sgd_batch: int,
+        seed: int,
+        size: int = 224,
+        resize: int = 256,
+        crop: str = "random_resized",
+        flip: bool = True,
+        lighting: float = 0.0,
+        pixels: str = "standardized",
+        workers: int | None = None,
+        on_error: str = "raise",
+        device: torch.device | str = "cpu",
+        say: Callable[[str], None] = print,
+    ):
+        check_size(sgd_batch, len(train))
+        self.seed, self.sgd_batch, self.say = seed, sgd_batch, say
+        self.updates_per_epoch, self.left_out = divmod(len(train), sgd_batch)
+        self.labels, self.test_labels = train.labels, test.labels
+        self.device, self.lighting = torch.device(device), lighting
+        self.reversed = pixels == "bgr_255"
+        self.mean = [0.0] * 3 if self.reversed else list(MEAN)
+        self.std = [1 / 255] * 3 if self.reversed else list(STD)
+        constants = [[1 / (255 * s), -m / s] for m, s in zip(self.mean, self.std, strict=True)]
+        self.scale, self.shift = torch.tensor(constants, device=device).T[:, :, None, None]
+
+        self.workers = torch.get_num_threads() if workers is None else workers
+        self.skip = on_error == "skip"
+        self.photographs = Photographs(
+            {"train": train, "test": test}, seed, size, resize, crop, flip, lighting, self.skip
+        )
+        self.jobs, self.turn = Jobs(), 0
+        # Workers come from a server without our threads, files and locks: a fork of this process
+        # could hang on the first, and would hold the lock of a run that was killed.
+        server = multiprocessing.get_context("forkserver") if self.workers else None
+        if server:
+            server.set_forkserver_preload(["torch", "torchvision.io", "PIL.Image"])
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
+            self.blocks: Iterable[Block] = DataLoader(
+                self.photographs,  # type: ignore[arg-type]
+                batch_size=None,
+                sampler=self.jobs,
+                num_workers=self.workers,
+                collate_fn=_as_it_is,
+                pin_memory=self.device.type == "cuda",
+                worker_init_fn=_end_with_parent,
+                multiprocessing_context=server,
+                generator=torch.Generator(),  # it draws a seed for nothing, but not from the run's
+                persistent_workers=self.workers > 0,
+            )
+
+    def __len__(self) -> int:
+        return self.updates_per_epoch
+
+    def train(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """The SGD batches of an epoch from number `start` on: (S, 3, H, W) float32, (S,)."""
+        order = np.random.default_rng([self.seed, epoch]).permutation(len(self.labels))
+        order = order[start * self.sgd_batch : len(self) * self.sgd_batch]
+        return regroup(self.read("train", epoch, order), self.sgd_batch)
+
+    def test(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """All test images in order, at most `size` at a time."""
+        return regroup(self.read("test", None, np.arange(len(self.test_labels))), size)
+
+    def sample(self, count: int) -> Tensor:
+        """The first `count` training images of epoch 0 as in evaluation, whatever the batch."""
+        order = np.random.default_rng([self.seed, 0]).permutation(len(self.labels))[:count]
+        images, _, colours, _ = block = self.photographs["train", None, order]
+        self.check(block, 1)
+        return self.normalize(images, colours)
+
+    def read(
+        self, split: str, epoch: int | None, order: np.ndarray
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """The images `order` of a split, some at a time, with their labels, on the device."""
+        self.jobs.now = [(split, epoch, order[i : i + BLOCK]) for i in range(0, len(order), BLOCK)]
+        self.turn += 1
+        turn, labels = self.turn, self.labels if split == "train" else self.test_labels
+        unread: list[str] = []
+        try:
+            for wanted, block in zip(self.jobs.now, self.blocks, strict=True):
+                if turn != self.turn:  # the workers read for somebody else now
+                    raise RuntimeError("batches of an earlier train() or test() of this loader")
+                images, index, colours, failed = block
+                self.check(block, len(wanted[2]) if split == "train" else 0)
+                unread += failed
+                yield self.normalize(images, colours), labels[index].to(self.device)
+            if split == "test" and len(unread) == len(order):
+                raise ValueError(f"none of the images can be read; the first: {unread[0]}")
+        except RuntimeError as error:
+            if "worker (pid" not in str(error):
+                raise
+            raise ChildProcessError(
+                f"data.workers={self.workers}: one was killed ({str(error)[:100]}), often for want "
+                f"of memory or of room in /dev/shm; fewer workers need less, 0 none"
+            ) from error
+        finally:  # also where the last update comes before the epoch's end
+            if unread:
+                instead = "left out" if split == "test" else "replaced by the next ones"
+                more = f"; and {len(unread) - 3} more" if len(unread) > 3 else ""
+                self.say(
+                    f"  data.on_error=skip: {len(unread)} unreadable {split} images {instead}: "
+                    f"{'; '.join(unread[:3])}{more}"
+                )
+
+    def check(self, block: Block, least: int) -> None:
+        """Raise `ValueError` if an image could not be read and none may be skipped, or if fewer
+        than `least` are left."""
+        if block[3] and not self.skip:
+            raise ValueError(f"{block[3][0]}; data.on_error=skip goes on without such images")
+        if len(block[1]) < least:
+            raise ValueError(f"too many images in a row cannot be read; the first: {block[3][0]}")
+
+    def normalize(self, images: Tensor, colours: Tensor) -> Tensor:
+        """Bytes, and what is to be added to their colours, to the network's float32."""
+        images = images.to(self.device, non_blocking=True)
+        images = images.to(torch.float32, memory_format=torch.contiguous_format)
+        if self.lighting:
+            colours = colours.to(self.device, non_blocking=True)
+            images = (images + colours[:, :, None, None]).clamp(0, 255).floor()
+        if self.reversed:
+            images = images.flip(1)
+        return images * self.scale + self.shift
+
+
+def regroup(blocks: Iterable[tuple[Tensor, Tensor]], size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """The same images in the same order, `size` at a time; the last may be fewer."""
+    held: list[tuple[Tensor, Tensor]] = []
+    for block in blocks:
+        held.append(block)
+        count = sum(len(labels) for _, labels in held)
+        if count >= size:
+            images, labels = (
+                x[0] if len(x) == 1 else torch.cat(x) for x in zip(*held, strict=True)
+            )
+            whole = count // size * size
+            yield from zip(images[:whole].split(size), labels[:whole].split(size), strict=True)
+            held = [(images[whole:], labels[whole:])] if whole < count else []
+    if held:
+        images, labels = map(torch.cat, zip(*held, strict=True))
+        if len(labels):
+            yield images, labels
