@@ -6,7 +6,8 @@
     python scripts/table.py runs/STUDY_lr runs/STUDY --select recipe.lr
 
 Reads the files of the runs, nothing else; writes table.md, table.csv, table.tex (for LaTeX with
-\\usepackage{booktabs}) and the figures, PNG and SVG, into the last study's folder or `--out`.
+\\usepackage{booktabs}) and the figures, PNG and SVG, into the last study's folder, and all of them
+into its TensorBoard; or the files into `--out`.
 KEY is any key of the runs' configuration, or `norm`, the scheme.
 """
 
@@ -17,6 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -274,6 +276,27 @@ def make(records: list[Record], split: str, options: Options) -> Table:
     return table
 
 
+def kind(measure: Measure) -> str:
+    if not measure.accuracy:
+        return measure.metric
+    return f"{'error' if measure.errors else 'accuracy'} (%)"
+
+
+def dashboard(study: Path, shown: Shown) -> None:
+    """The same for TensorBoard, beside the runs."""
+    from training.tensorboard import summarize
+
+    curves = {
+        f"{kind(table.measure)} against batch size{f', {part}' if part else ''}": {
+            label(row): {b: (fmean(c.values), c.std or 0.0) for b, c in cells.items() if c.values}
+            for row, cells in table.cells.items()
+        }
+        for part, table in shown.tables.items()
+        if table.axes == ("norm", "batch")
+    }
+    summarize(study, shown.markdown, {file.stem: file for file in shown.pictures}, curves)
+
+
 def show(studies: Sequence[Path], options: Options | None = None, console: Any = None) -> Shown:
     """Write table.md, table.csv, table.tex and the figures of the studies, and print to a rich
     `console` if there is one. Raises `ValueError`, in one line, for what cannot be a table."""
@@ -315,6 +338,8 @@ def show(studies: Sequence[Path], options: Options | None = None, console: Any =
     write(folder / "table.md", shown.markdown)
     write(folder / "table.csv", formats.tidy(tables))
     write(folder / "table.tex", "\n".join(formats.latex(table) for table in tables.values()))
+    if not options.out:
+        dashboard(folder, shown)
     if console:
         seconds = sum(r.result["wall_seconds"] for r in records if r.result)
         console.print(f"figures: {', '.join(str(file) for file in pictures) or 'nothing to draw'}")
