@@ -104,7 +104,8 @@ def test_hparams_of_a_study(train, tmp_path):
     assert made.status == 0, made.err
     board = Board(made.runs)
     sessions = board.sessions()
-    folders = {f"mine/{path.name}": path for path in (made.runs / "mine").iterdir()}
+    folders = {f"mine/{f.parent.name}": f.parent for f in made.runs.glob("mine/*/result.json")}
+    assert len(folders) == 4
     assert sessions.keys() == folders.keys() == board.get("scalars/tags").keys()
     for name, session in sessions.items():
         result = json.loads((folders[name] / "result.json").read_text())
