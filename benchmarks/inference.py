@@ -14,6 +14,7 @@ import random
 import re
 import sys
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -59,28 +60,32 @@ def build(name: str, model: str, size: int) -> tuple[list[nn.Module], dict[str, 
     return [network, folded], {"norm_layers_left": left, "parameters": parameters}
 
 
-@torch.inference_mode()
-def measure(networks: dict[Any, nn.Module], x: Tensor, rounds: int) -> dict[Any, np.ndarray]:
-    """Milliseconds of a forward pass of each network in every round."""
+def measure(
+    networks: Mapping[Any, Callable[[Tensor], Any]],
+    x: Tensor,
+    rounds: int,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[Any, np.ndarray]:
+    """Milliseconds of a call of each network in every round."""
     times: dict[Any, list[float]] = {key: [] for key in networks}
     order, shuffle = list(networks), random.Random(0).shuffle
     for i in range(-1, rounds + 1):  # the first two warm up
         shuffle(order)
         for key in order:
-            start = time.perf_counter()
+            start = clock()
             networks[key](x)
             if x.device.type == "cuda":
                 torch.cuda.synchronize(x.device)
-            times[key].append(1000 * (time.perf_counter() - start))
+            times[key].append(1000 * (clock() - start))
         took = sum(t[-1] for t in times.values()) / 1000
         say(f"round {i} of {rounds}: {took:.1f} s" if i > 0 else f"warm-up: {took:.1f} s")
     return {key: np.array(t[2:]) for key, t in times.items()}
 
 
-def summary(name: str, times: dict[Any, np.ndarray]) -> dict[str, float]:
+def summary(name: str, times: dict[Any, np.ndarray], kinds: Any = KINDS) -> dict[str, float]:
     """Medians over the rounds."""
     values = {}
-    for kind in KINDS:
+    for kind in kinds:
         own = times[name, kind]
         values[f"{kind}_ms"] = np.median(own)
         values[f"{kind}_iqr_ms"] = np.subtract(*np.percentile(own, [75, 25]))
@@ -110,6 +115,18 @@ def markdown(result: dict[str, Any]) -> str:
     lines.append("\nMedians over the rounds (interquartile range), ratios within a round: ")
     lines[-1] += ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in told.items()) + "."
     return f"    {result['command']}\n\n" + "\n".join(lines) + "\n"
+
+
+def publish(folder: Path, name: str, result: dict[str, Any], table: str) -> None:
+    """Write NAME.json, and the table between its marks in README.md."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write(folder / f"{name}.json", json.dumps(result, indent=2) + "\n")
+    page = folder / "README.md"
+    text = page.read_text() if page.exists() else f"# {name}\n\n" + "".join(MARKS)
+    before, _, rest = text.partition(MARKS[0])
+    after = rest.partition(MARKS[1])[2]
+    write(page, f"{before}{MARKS[0]}\n{table}\n{MARKS[1]}{after}")
+    say(f"{table}\n{page}: this table is new, the words around it are as they were")
 
 
 def main() -> None:
@@ -149,7 +166,8 @@ def run(args: argparse.Namespace) -> None:
         for kind, network in zip(KINDS, both, strict=True):
             networks[name, kind] = network.to(where).to(memory_format=layout)
     x = torch.randn(args.batch, 3, args.size, args.size).to(where, memory_format=layout)
-    times = measure(networks, x, args.rounds)
+    with torch.inference_mode():
+        times = measure(networks, x, args.rounds)
     keys = ("model", "batch", "size", "rounds", "device", "channels_last")
     result = {
         "command": " ".join(["python benchmarks/inference.py", *sys.argv[1:]]),
@@ -157,14 +175,7 @@ def run(args: argparse.Namespace) -> None:
         "setting": {key: getattr(args, key) for key in keys},
         "rows": [{"norm": name} | summary(name, times) | rest for name, rest in rows.items()],
     }
-    args.out.mkdir(parents=True, exist_ok=True)
-    write(args.out / "inference.json", json.dumps(result, indent=2) + "\n")
-    page = args.out / "README.md"
-    text = page.read_text() if page.exists() else "# inference\n\n" + "".join(MARKS)
-    before, _, rest = text.partition(MARKS[0])
-    after = rest.partition(MARKS[1])[2]
-    write(page, f"{before}{MARKS[0]}\n{markdown(result)}\n{MARKS[1]}{after}")
-    say(f"{markdown(result)}\n{page}: this table is new, the words around it are as they were")
+    publish(args.out, "inference", result, markdown(result))
 
 
 if __name__ == "__main__":
