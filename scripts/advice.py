@@ -28,7 +28,7 @@ from training.files import write
 
 README = docs.ROOT / "README.md"
 RESULTS = docs.RESULTS
-STUDY = "cifar10_small"  # the folder in results whose accuracies count
+STUDY = "cifar10-small"  # the folder in results whose accuracies count
 SMALL, LARGE = 2, 32  # batch sizes
 MARKS = ("<!-- advice -->\n", "<!-- /advice -->\n")
 
