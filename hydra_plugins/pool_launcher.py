@@ -103,12 +103,13 @@ class PoolLauncher(Launcher):
         with Progress(
             TextColumn("{task.description}"),
             BarColumn(),
-            TextColumn("{task.completed:.0f}/{task.total:.0f} {task.fields[unit]}"),
+            TextColumn("{task.fields[text]}"),
             TimeRemainingColumn(),
             console=console,
             disable=not console.is_terminal,
         ) as self.board:
-            everything = self.board.add_task("study", total=len(todo), unit="runs")
+            count, over = len(todo), 0
+            everything = self.board.add_task("study", total=count, text=f"0/{count} runs")
             try:
                 while todo or working:
                     while todo and free:
@@ -122,7 +123,8 @@ class PoolLauncher(Launcher):
                         working.remove(worker)
                         free.append(worker.place)
                         returns[worker.index] = self.end(worker)
-                        self.board.update(everything, advance=1)
+                        over += 1
+                        self.board.update(everything, completed=over, text=f"{over}/{count} runs")
             finally:
                 stop(working)
         return [returns[index] for index in sorted(returns)]
@@ -154,13 +156,15 @@ class PoolLauncher(Launcher):
                 env=environment,
                 start_new_session=True,  # Ctrl-C on the terminal reaches the launcher alone
             )
-        task = self.board.add_task(f"  {cell.folder.name}", total=None, unit="updates")
+        task = self.board.add_task(f"  {cell.folder.name}", total=None, text="starting")
         return Worker(cell, index, place, process, task)
 
     def show(self, worker: Worker) -> None:
         if console.is_terminal:
             now = state(worker.cell.folder)
-            self.board.update(worker.task, completed=now.update, total=now.updates or None)
+            text = f"{now.update}/{now.updates} updates" if now.updates else "starting"
+            total = now.updates or None
+            self.board.update(worker.task, completed=now.update, total=total, text=text)
 
     def end(self, worker: Worker) -> JobReturn:
         """What a run whose process is over has left, and a line about it."""

@@ -1,5 +1,6 @@
 """Launchers: the same runs, whoever starts them, and whatever happens to them."""
 
+import io
 import json
 import os
 import signal
@@ -12,7 +13,10 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.errors import MissingConfigException
+from rich.console import Console
 
+import hydra_plugins.pool_launcher
+import training.progress
 from hydra_plugins.launcher_defaults import options
 from hydra_plugins.pool_launcher import PoolLauncher
 from training import cli
@@ -59,7 +63,7 @@ def until(condition, process: subprocess.Popen[str]):
     """What `condition` gives, once it gives something."""
     while not (found := condition()):
         assert process.poll() is None, process.communicate()
-        time.sleep(0.05)
+        time.sleep(0.01)
     return found
 
 
@@ -79,24 +83,32 @@ def test_pool_survives_the_death_of_its_launcher_and_of_a_worker(basic, tmp_path
     command = [*POOL, "norm=bn,mabn", "batch=4", "runtime.checkpoint_every=10"]
     command.append("runtime.log_every=5")
 
-    def running() -> list[int]:
-        """Processes that have something to go on from and something to do."""
-        files = [x.with_name("progress.json") for x in tmp_path.glob("s/*/last.pt")]
-        states = {x: state(x.parent) for x in files if x.exists()}
-        going = [x for x, now in states.items() if now.name == "running" and now.left]
-        return [json.loads(x.read_text())["pid"] for x in going if states[x].update < 100]
+    def stopped() -> list[int]:
+        """A process that has something to go on from and something to do, and that waits."""
+        for file in tmp_path.glob("s/*/last.pt"):
+            try:
+                pid = json.loads(file.with_name("progress.json").read_text())["pid"]
+                os.kill(pid, signal.SIGSTOP)
+            except (FileNotFoundError, ProcessLookupError):  # finished in the meantime
+                continue
+            if file.with_name("progress.json").exists():
+                return [pid]
+            os.kill(pid, signal.SIGCONT)
+        return []
 
     launcher = start(tmp_path, *command)
-    orphans = until(running, launcher)
+    [orphan] = until(stopped, launcher)
     launcher.kill()
     launcher.communicate()
-    for pid in orphans:  # they end by themselves
-        while Path(f"/proc/{pid}").exists():
-            time.sleep(0.05)
-    assert {state(x).name for x in (tmp_path / "s").glob("*-s0*")} <= {"interrupted", "finished"}
+    os.kill(orphan, signal.SIGCONT)
+    while "running" in (now := {state(x).name for x in (tmp_path / "s").glob("*-s0*")}):
+        time.sleep(0.05)  # orphans end by themselves
+    assert "interrupted" in now
+    while Path(f"/proc/{orphan}").exists():
+        time.sleep(0.05)
 
     launcher = start(tmp_path, *command)
-    victim = until(running, launcher)[0]
+    [victim] = until(stopped, launcher)
     os.kill(victim, signal.SIGKILL)
     status, out, err = finish(launcher)
     said = err.strip().splitlines()
@@ -145,7 +157,12 @@ assert (sys.argv[-1], os.environ["OMP_NUM_THREADS"]) == ("device=cuda", "3")
 """
 
 
-def test_pool_queues_runs_for_gpus(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("terminal", [True, False])
+def test_pool_queues_runs_for_gpus(tmp_path, monkeypatch, terminal):
+    screen = io.StringIO()
+    console = Console(file=screen, force_terminal=terminal, width=100, highlight=False)
+    monkeypatch.setattr(training.progress, "console", console)
+    monkeypatch.setattr(hydra_plugins.pool_launcher, "console", console)
     monkeypatch.setattr(cli.Report, "failures", 0)
     with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
         config = compose("config")
@@ -156,9 +173,11 @@ def test_pool_queues_runs_for_gpus(tmp_path, monkeypatch, capsys):
         Path(launcher.script).write_text(FAKE)
         work = [[f"runtime.runs={tmp_path}", f"seed={seed}"] for seed in range(9)]
         returns = launcher.launch(work, 0)
-    assert [r.status.name for r in returns] == ["COMPLETED"] * 9, capsys.readouterr()
+    assert [r.status.name for r in returns] == ["COMPLETED"] * 9, screen.getvalue()
     assert sorted(x.name for x in tmp_path.iterdir() if x.name.isdigit()) == ["5", "7"]
-    assert "9 runs, 4 at a time, CPU threads of each: 3; GPUs 5, 7" in capsys.readouterr().out
+    assert "9 runs, 4 at a time, CPU threads of each: 3; GPUs 5, 7" in screen.getvalue()
+    assert ("9/9 runs" in screen.getvalue()) == terminal
+    assert ("starting" in screen.getvalue()) == terminal
 
 
 def test_pool_finds_its_places(monkeypatch):
