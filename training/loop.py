@@ -11,11 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from training.optimizer import learning_rate, sgd
+from training.optimizer import learning_rate
 from training.probes import Probe, Sums
 from training.progress import Board
 from training.protocol import Plan
 from training.run import Run
+from training.step import Step
 from training.tensorboard import TensorBoard
 
 
@@ -98,32 +99,18 @@ def train(
     per_epoch = len(loader)
     updates = recipe.updates or recipe.epochs * per_epoch
     epochs = math.ceil(updates / per_epoch)
-    device = next(model.parameters()).device
-    half = torch.float16 if recipe.precision == "float16" else torch.bfloat16
-    autocast = torch.autocast(device.type, half, enabled=recipe.precision != "float32")
-    optimizer = sgd(model, recipe, plan.lr)
-    scaler = torch.amp.GradScaler(device.type, enabled=recipe.precision == "float16")
-    now = restore(state, model, optimizer, scaler) if state else Progress()
+    step = Step(model, plan, recipe)
+    now = Progress()
+    if state:
+        step.load_state_dict(state)
+        now = Progress(**state["progress"])
     meter = Meter(now)
     if probe:
         probe.sums = now.probed
     run.write_metrics(now.rows)
 
-    def step(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """One optimizer step: the mean loss of the SGD batch, and how many answers are right."""
-        optimizer.zero_grad()
-        loss, correct = torch.zeros((), device=device), torch.zeros((), device=device)
-        for x, y in zip(images.split(plan.forward), labels.split(plan.forward), strict=True):
-            with autocast:
-                logits = model(x)
-            part = F.cross_entropy(logits.float(), y, label_smoothing=recipe.label_smoothing)
-            part = part * (len(y) / len(labels))
-            scaler.scale(part).backward()
-            loss += part.detach()
-            correct += (logits.argmax(1) == y).sum()
-        scaler.step(optimizer)
-        scaler.update()
-        return loss, correct
+    def save() -> None:
+        run.save(step.state_dict() | {"progress": asdict(now)})
 
     with Board(runtime.progress, updates, now.update) as board:
         while now.update < updates and not now.diverged:
@@ -132,21 +119,19 @@ def train(
             model.train()
             for seen, (images, labels) in enumerate(loader.train(epoch, first), first + 1):
                 lr = learning_rate(now.update, updates, plan.lr, recipe)
-                for group in optimizer.param_groups:
-                    group["lr"] = lr
                 with probe.watch(now.update) if probe else nullcontext():
-                    done = step(images, labels)
+                    done = step(images, labels, lr)
                 meter.add(*done)
 
-                save = runtime.checkpoint_every and now.update % runtime.checkpoint_every == 0
-                if seen % runtime.log_every == 0 or save or seen == last:
+                due = runtime.checkpoint_every and now.update % runtime.checkpoint_every == 0
+                if seen % runtime.log_every == 0 or due or seen == last:
                     tensorboard.loss(now.update, meter.look())
                     board.update(epoch + 1, now, seen, plan.sgd_batch)
                     run.tell(now.update, updates, now.wall_seconds)
                 if now.diverged or seen == last:
                     break
-                if save:
-                    run.save(snapshot(model, optimizer, scaler, now))
+                if due:
+                    save()
             if now.diverged:
                 break
 
@@ -160,7 +145,7 @@ def train(
                 "images_per_second": last * plan.sgd_batch / now.epoch_seconds,
             }
             if (epoch + 1) % recipe.eval_every == 0 or now.update == updates:
-                with autocast:
+                with step.autocast:
                     row |= evaluate(model, loader.test(runtime.eval_batch))
                 if not math.isfinite(row["test_loss"]):
                     now.diverged_at = now.update
@@ -172,10 +157,10 @@ def train(
             run.write_metrics(now.rows)
             tensorboard.epoch(row)
             board.epoch(row, epochs)
-            run.save(snapshot(model, optimizer, scaler, now))
+            save()
     if now.diverged:
         now.update = now.diverged_at or 0  # however late somebody looked
-        run.save(snapshot(model, optimizer, scaler, now))
+        save()
     return now
 
 
@@ -192,34 +177,3 @@ def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> dict
         count += len(labels)
     loss, top1, top5 = (torch.stack(parts).double().sum(0) / count).tolist()
     return {"test_loss": loss, "test_top1": 100 * top1, "test_top5": 100 * top5}
-
-
-def snapshot(
-    model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, now: Progress
-) -> dict[str, Any]:
-    """A checkpoint. The generators' states are for a model's own randomness, such as dropout."""
-    device = next(model.parameters()).device
-    cuda = [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
-    return {
-        "model": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "scaler": scaler.state_dict(),
-        "progress": asdict(now),
-        "rng": [torch.get_rng_state(), *cuda],
-        "threads": torch.get_num_threads(),
-    }
-
-
-def restore(
-    state: Any, model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
-) -> Progress:
-    """Put a checkpoint back into model, optimizer and generators."""
-    model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    if state["scaler"]:
-        scaler.load_state_dict(state["scaler"])
-    torch.set_rng_state(state["rng"][0])
-    device = next(model.parameters()).device
-    if device.type == "cuda" and len(state["rng"]) > 1:
-        torch.cuda.set_rng_state(state["rng"][1], device)
-    return Progress(**state["progress"])
