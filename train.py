@@ -22,18 +22,19 @@ def main(cfg: DictConfig) -> float | None:
     import data
     import models
     import norms
-    from training import config, device, loop, probes, protocol, report
+    from training import config, device, distributed, loop, probes, protocol, report
     from training.progress import say
     from training.run import Run
     from training.tensorboard import TensorBoard
 
+    distributed.join(cfg)
     # Every mistake that can be seen without data is found before the run has a folder.
     config.check(cfg)
     plan = protocol.plan(cfg)
     where = device.find(cfg.device)
     source = data.find(cfg.data, plan.sgd_batch, cfg.recipe)
     options = {k: v for k, v in cfg.norm.items() if k != "name"}
-    sizes = dict(batch_size=plan.batch, sgd_batch_size=plan.sgd_batch)
+    sizes = dict(batch_size=plan.batch, sgd_batch_size=plan.share)
     scheme = norms.build(cfg.norm.name, **sizes, **options)
     config.check_precision(cfg, scheme.loss_scaling)
     torch.manual_seed(cfg.seed)
@@ -45,25 +46,27 @@ def main(cfg: DictConfig) -> float | None:
     models.rehearse(model, shape, source.num_classes)
 
     with Run(cfg, say) as run:
-        if run.result:
-            say(f"{run.folder}: {run.result['status']} already, skipped")
-            return run.result["top1"]
+        if over := run.result():
+            say(f"{run.folder}: {over['status']} already, skipped")
+            return over["top1"]
         state = run.load()
         device.prepare(where, cfg.runtime.threads, state, say)
 
-        loader = data.load(source, cfg.data, cfg.recipe, plan.sgd_batch, cfg.seed, where, say)
+        share = (distributed.rank(), distributed.size())
+        loader = data.load(
+            source, cfg.data, cfg.recipe, plan.sgd_batch, cfg.seed, where, say, share
+        )
         model.to(where)
         if scheme.initialize and state is None:
             scheme.initialize(model, loader.sample(128))
+        distributed.equal(model)
 
         done = state["progress"]["update"] if state else 0
         say(f"{run.folder}" + (f": goes on after update {done}" if done else ""))
         say(report.describe(cfg, plan, model, loader, where))
         hyperparameters = report.hyperparameters(cfg, plan)
         with closing(TensorBoard(run.folder, done, hyperparameters)) as tensorboard:
-            progress = loop.train(
-                model, loader, plan, cfg.recipe, cfg.runtime, run, tensorboard, state, probe
-            )
+            progress = loop.train(model, loader, plan, cfg, run, tensorboard, state, probe)
             result = report.result(cfg, plan, source, model, loader, scheme.batch_free, progress)
             tensorboard.finish(result)
         run.finish(result)

@@ -88,10 +88,12 @@ def load(
     seed: int,
     device: torch.device | str = "cpu",
     say: Callable[[str], None] = print,
+    share: tuple[int, int] = (0, 1),
 ) -> Loader | Stream:
-    """The batches of a data set for one training: on the device where it fits, else from disk."""
+    """The batches of a data set for one training: on the device where it fits, else from disk.
+    `share`: which part of them, of how many, another process having each of the others."""
     train, test = read(source, config)
-    keys = dict(crop=recipe.crop, flip=recipe.flip, device=device)
+    keys = dict(crop=recipe.crop, flip=recipe.flip, device=device, share=share)
     if isinstance(train, Split):
         return Loader(train, test, sgd_batch, seed, **keys)
     keys |= {key: recipe[key] for key in ("lighting", "pixels") if key in recipe}

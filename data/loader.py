@@ -14,7 +14,15 @@ from torch import Tensor
 
 from data.splits import Split
 
+Share = tuple[int, int]
+"""Which part of each SGD batch and of the test images, and of how many."""
 BLOCK = 512  # images that are cut out and normalized at once, however small the batch
+
+
+def portion(order: np.ndarray, sgd_batch: int, share: Share) -> np.ndarray:
+    """Of an order of images, those of one part: a piece of every SGD batch, in order."""
+    part, parts = share
+    return order.reshape(-1, parts, sgd_batch // parts)[:, part].reshape(-1)
 
 
 def check_size(sgd_batch: int, images: int) -> None:
@@ -30,8 +38,8 @@ class Loader:
     """`train`: SGD batches of augmented images; `test`: every test image exactly once.
 
     `crop`: pixels of zero padding from which a window of the original size is cut; `flip`: mirror
-    half of the images. Pixels are normalized by the training images' `mean` and `std`, which are in
-    units of 0 to 1, one for each channel.
+    half of the images; `share`: give this part alone. Pixels are normalized by the training images'
+    `mean` and `std`, which are in units of 0 to 1, one for each channel.
     """
 
     reversed = False  # whether the network gets the channels in reverse order
@@ -45,9 +53,11 @@ class Loader:
         crop: int = 0,
         flip: bool = False,
         device: torch.device | str = "cpu",
+        share: Share = (0, 1),
     ):
         check_size(sgd_batch, len(train))
         self.seed, self.sgd_batch, self.crop, self.flip = seed, sgd_batch, crop, flip
+        self.share = share
         self.updates_per_epoch, self.left_out = divmod(len(train), sgd_batch)
         # Histograms, not sums of floats: the same to the last bit on every device.
         values = np.arange(256) / 255
@@ -71,16 +81,18 @@ class Loader:
 
     def train(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """The SGD batches of an epoch from number `start` on: (S, C, H, W) float32, (S,)."""
+        size = self.sgd_batch // self.share[1]
         rng = np.random.default_rng([self.seed, epoch])
         count = len(self.labels)
         order = rng.permutation(count)[start * self.sgd_batch : len(self) * self.sgd_batch]
+        order = portion(order, self.sgd_batch, self.share)
         shifts = rng.integers(0, 2 * self.crop + 1, (count, 2))  # of every image, by its index
         mirrored = rng.integers(0, 2, count) * self.flip
         draws = torch.from_numpy(np.column_stack([order, shifts[order], mirrored[order]]))
-        block = max(1, BLOCK // self.sgd_batch) * self.sgd_batch
+        block = max(1, BLOCK // size) * size
         for part in draws.to(self.images.device).split(block):
             images, labels = self.augment(*part.T)
-            yield from zip(images.split(self.sgd_batch), labels.split(self.sgd_batch), strict=True)
+            yield from zip(images.split(size), labels.split(size), strict=True)
 
     def augment(self, index: Tensor, y: Tensor, x: Tensor, mirror: Tensor) -> tuple[Tensor, Tensor]:
         """Image `index[i]` from row `y[i]` and column `x[i]` of the padded one, mirrored or not."""
@@ -92,9 +104,9 @@ class Loader:
 
     def test(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """All test images in order, at most `size` at a time."""
-        for images, labels in zip(
-            self.test_images.split(size), self.test_labels.split(size), strict=True
-        ):
+        part, parts = self.share
+        own = (x.tensor_split(parts)[part] for x in (self.test_images, self.test_labels))
+        for images, labels in zip(*(x.split(size) for x in own), strict=True):
             yield self.normalize(images), labels
 
     def sample(self, count: int) -> Tensor:

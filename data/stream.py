@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from data.loader import check_size
+from data.loader import Share, check_size, portion
 from data.sources import rgb
 from data.splits import Files
 
@@ -252,8 +252,10 @@ class Stream:
         on_error: str = "raise",
         device: torch.device | str = "cpu",
         say: Callable[[str], None] = print,
+        share: Share = (0, 1),
     ):
         check_size(sgd_batch, len(train))
+        self.share = share
         self.seed, self.sgd_batch, self.say = seed, sgd_batch, say
         self.updates_per_epoch, self.left_out = divmod(len(train), sgd_batch)
         self.labels, self.test_labels = train.labels, test.labels
@@ -297,11 +299,14 @@ class Stream:
         """The SGD batches of an epoch from number `start` on: (S, 3, H, W) float32, (S,)."""
         order = np.random.default_rng([self.seed, epoch]).permutation(len(self.labels))
         order = order[start * self.sgd_batch : len(self) * self.sgd_batch]
-        return regroup(self.read("train", epoch, order), self.sgd_batch)
+        order = portion(order, self.sgd_batch, self.share)
+        return regroup(self.read("train", epoch, order), self.sgd_batch // self.share[1])
 
     def test(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """All test images in order, at most `size` at a time."""
-        return regroup(self.read("test", None, np.arange(len(self.test_labels))), size)
+        part, parts = self.share
+        order = np.array_split(np.arange(len(self.test_labels)), parts)[part]
+        return regroup(self.read("test", None, order), size)
 
     def sample(self, count: int) -> Tensor:
         """The first `count` training images of epoch 0 as in evaluation, whatever the batch."""
@@ -326,7 +331,7 @@ class Stream:
                 self.check(block, len(wanted[2]) if split == "train" else 0)
                 unread += failed
                 yield self.normalize(images, colours), labels[index].to(self.device)
-            if split == "test" and len(unread) == len(order):
+            if split == "test" and 0 < len(unread) == len(order):
                 raise ValueError(f"none of the images can be read; the first: {unread[0]}")
         except RuntimeError as error:
             if "worker (pid" not in str(error):

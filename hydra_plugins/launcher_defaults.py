@@ -15,15 +15,22 @@ from hydra.plugins.search_path_plugin import SearchPathPlugin
 def options() -> dict[str, Any]:
     """Of those that are installed."""
     logs = "${runtime.runs}/${study}/.submitit/%j"  # what each run says
+    processes: Any = "${devices}"  # of each run, on one machine unless other keys are given
     found: dict[str, Any] = {}
     with suppress(ModuleNotFoundError):
         from hydra_plugins.hydra_submitit_launcher.config import LocalQueueConf, SlurmQueueConf
 
-        found["submitit_local"] = LocalQueueConf(submitit_folder=logs, timeout_min=24 * 60)
+        found["submitit_local"] = LocalQueueConf(
+            submitit_folder=logs, timeout_min=24 * 60, tasks_per_node=processes
+        )
         # A run that is preempted or comes to its time limit is queued again, up to 100 times, and
         # finds its checkpoint.
         found["submitit_slurm"] = SlurmQueueConf(
-            submitit_folder=logs, name="${study}", timeout_min=4 * 60, max_num_timeout=100
+            submitit_folder=logs,
+            name="${study}",
+            tasks_per_node=processes,
+            timeout_min=4 * 60,
+            max_num_timeout=100,
         )
     with suppress(ModuleNotFoundError):
         from hydra_plugins.hydra_ray_launcher._config import RayConf, RayLauncherConf

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -514,7 +515,7 @@ def test_killed_and_restarted_equals_uninterrupted(tmp_path, norm):
     """SIGKILL in the middle of an epoch, twice, through the command line."""
 
     def command(runs):
-        own = [f"runtime.runs={runs}", "runtime.threads=1", "runtime.checkpoint_every=9"]
+        own = [f"runtime.runs={runs}", "runtime.threads=1", "checkpoint.every_updates=9"]
         keys = ["batch=4", "recipe.epochs=3", "runtime.log_every=5", "recipe.eval_every=2"]
         probe = {"bn": "gradient_shift", "mabn": "batch_statistics"}[norm]
         return [
@@ -550,6 +551,38 @@ def test_killed_and_restarted_equals_uninterrupted(tmp_path, norm):
     results = [json.loads((f / "result.json").read_text()) for f in (a, b)]
     for key in set(results[0]) - TIMES:
         assert results[0][key] == results[1][key], key
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_scheduler_s_signal_writes_a_checkpoint_first(train, tmp_path, number):
+    """In the middle of an epoch, and far from any other checkpoint."""
+    keys = ["batch=4", "recipe.epochs=1", "runtime.threads=1", "checkpoint.every_minutes=0"]
+    command = [sys.executable, "train.py", *keys, f"runtime.runs={tmp_path / 'stopped'}"]
+    run = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    while not list(tmp_path.glob("stopped/*/*/progress.json")):
+        assert run.poll() is None, run.communicate()
+        time.sleep(0.01)
+    run.send_signal(number)
+    _, err = run.communicate()
+    assert run.returncode == 128 + number, err
+    assert err == "interrupted; the same command goes on from here\n"
+    [file] = tmp_path.glob("stopped/*/*/last.pt")
+    done = torch.load(file, weights_only=True)["progress"]["update"]
+    assert 0 < done < 359
+    last = train(*keys, quick=False, runs=tmp_path / "stopped")
+    assert f"goes on after update {done}" in last.out
+    assert_same_weights(train(*keys, quick=False).run(), last.run())
+
+
+def test_checkpoints_by_time(train, monkeypatch):
+    from training.run import Run
+
+    seen = []
+    monkeypatch.setattr(Run, "save", lambda run, state: seen.append(state["progress"]["update"]))
+    assert train("recipe.updates=5", "checkpoint.every_minutes=1e-9").status == 0
+    assert seen == [1, 2, 3, 4, 4, 5] or seen == [1, 2, 3, 4, 5]
 
 
 def reached(runs, update):

@@ -19,6 +19,7 @@ from hydra.types import RunMode
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from training import distributed
 from training.config import flatten
 
 WORKER = "SMALLBATCH_WORKER"  # in the environment of a run that a launcher started
@@ -50,6 +51,11 @@ def explain(error: BaseException) -> str:
         return f"{error.override}: cannot be read; expected KEY=VALUE, such as batch=2 or norm=gn"
     if type(error).__name__ == "OutOfMemoryError":  # torch's, without importing it
         return f"out of memory: a smaller protocol.forward or model needs less ({first(error)})"
+    if distributed.lost(error):
+        return (
+            f"lost another process of this run; the same command goes on from the last checkpoint "
+            f"({first(error)})"
+        )
     if isinstance(error, HydraException | OmegaConfBaseException):
         cause = error.__cause__
         missing = re.search(r"Missing mandatory value: (\S+)", f"{error} {cause}")
@@ -86,11 +92,13 @@ def known_keys() -> list[str]:
 
 
 def complain(error: BaseException, what: str = "") -> None:
-    print(f"error: {what}{explain(error)}", file=sys.stderr)
+    if distributed.speaks():
+        print(f"error: {what}{explain(error)}", file=sys.stderr)
 
 
 def is_mistake(error: BaseException) -> bool:
-    return isinstance(error, MISTAKES) or type(error).__name__ == "OutOfMemoryError"
+    plain = isinstance(error, MISTAKES) or type(error).__name__ == "OutOfMemoryError"
+    return plain or distributed.lost(error)
 
 
 def leave(config: Any, error: BaseException) -> None:
@@ -102,6 +110,18 @@ def leave(config: Any, error: BaseException) -> None:
         config = OmegaConf.masked_copy(config, [key for key in config if key != "hydra"])
         folder(config).mkdir(parents=True, exist_ok=True)
         write(folder(config) / "error.txt", explain(error) + "\n")
+
+
+def abandon(error: BaseException) -> None:
+    """End a process that others may be waiting for, so that whoever started them ends them all."""
+    if distributed.speaks():
+        who = f"process {distributed.rank()} of {distributed.size()}: "
+        print(f"error: {who}{explain(error)}", file=sys.stderr)
+        if FULL or not is_mistake(error):
+            traceback.print_exception(error)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)
 
 
 class Report(Callback):
@@ -129,7 +149,8 @@ class Report(Callback):
     def on_job_end(self, config: Any, job_return: JobReturn, **kwargs: Any) -> None:
         sweep = HydraConfig.get().mode == RunMode.MULTIRUN
         error = job_return._return_value
-        if job_return.status != JobStatus.FAILED or not (sweep or WORKER in os.environ):
+        together = distributed.size() > 1
+        if job_return.status != JobStatus.FAILED or not (sweep or WORKER in os.environ or together):
             return
         from training.run import BusyError, RefusedError
 
@@ -137,8 +158,10 @@ class Report(Callback):
             print(f"{error}, skipped")
             job_return.status, job_return.return_value = JobStatus.COMPLETED, None
             return
-        if not isinstance(error, RefusedError):
+        if distributed.speaks() and not isinstance(error, RefusedError):
             leave(config, error)
+        if together:
+            abandon(error)
         if sweep:
             Report.failed(job_return.overrides or [], explain(error))
             if not is_mistake(error):
@@ -172,9 +195,10 @@ def run(main: Callable[[], Any]) -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # so that Hydra leaves its errors to us
     try:
         main()
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
-        sys.exit(130)
+    except KeyboardInterrupt as stop:
+        if distributed.rank() == 0:
+            print("interrupted; the same command goes on from here", file=sys.stderr)
+        sys.exit(getattr(stop, "status", 130))
     except Exception as error:
         left = [f for f in Report.folders if (f / "error.txt").exists()]
         if FULL or not (Report.failures or left or is_mistake(error)):
@@ -193,3 +217,5 @@ def run(main: Callable[[], Any]) -> None:
         else:
             complain(error)
         sys.exit(2 if isinstance(error, HydraException) else 1)
+    finally:
+        distributed.leave()

@@ -11,16 +11,19 @@ from hydra import compose
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
+from training import distributed
+
 # Where a run comes from and how it is carried out, but not what comes out of it.
 OUTSIDE = (
     *("device", "study", "name", "overwrite", "data.root", "data.cache", "data.workers"),
     "data.on_error",  # what a run made of all images is, it would be either way
 )
-OUTSIDE_GROUPS = ("runtime.", "probe.")
+OUTSIDE_GROUPS = ("runtime.", "checkpoint.", "probe.")
 
 # Whole numbers, and the least that is allowed.
 COUNTS = {
     "batch": 1,
+    "devices": 1,
     "seed": 0,
     "protocol.sgd_batch": 1,
     "protocol.forward": 1,
@@ -45,7 +48,7 @@ COUNTS = {
     "runtime.threads": 1,
     "runtime.eval_batch": 1,
     "runtime.log_every": 1,
-    "runtime.checkpoint_every": 0,
+    "checkpoint.every_updates": 0,
 }
 PART = (0.0, 1.0, " from 0 to 1")
 NUMBERS = {
@@ -56,6 +59,7 @@ NUMBERS = {
     "recipe.lr_decay": PART,
     "recipe.label_smoothing": PART,
     "recipe.lighting": (0.0, 1e300, " from 0"),
+    "checkpoint.every_minutes": (0.0, 1e300, " from 0"),
     "norm.momentum": PART,
     "norm.rate": PART,
     "norm.eps": (0.0, 1e300, " from 0"),
@@ -66,6 +70,7 @@ NUMBERS = {
 }
 CHOICES: dict[str, tuple[str, ...]] = {  # beside a number, where the key is above too
     "protocol.name": ("direct", "accumulate", "ghost"),
+    "protocol.running_statistics": ("first", "mean"),
     "data.on_error": ("raise", "skip"),
     "recipe.crop": ("random_resized", "random_square"),
     "recipe.pixels": ("standardized", "bgr_255"),
@@ -82,6 +87,7 @@ def times(factor: Any, number: Any) -> Any:
 
 
 OmegaConf.register_new_resolver("times", times, replace=True)
+OmegaConf.register_new_resolver("processes", distributed.size, replace=True)
 
 
 def flatten(config: Any, resolve: bool = False) -> dict[str, Any]:
@@ -102,6 +108,11 @@ def identity(config: Any) -> dict[str, Any]:
     name of the data set."""
     flat = flatten(config)
     keys = {k: v for k, v in flat.items() if k not in OUTSIDE and not k.startswith(OUTSIDE_GROUPS)}
+    devices = keys.pop("devices", 1)
+    keys["devices"] = devices if isinstance(devices, int) else distributed.size()
+    if keys["devices"] == 1:  # as before there was such a key
+        del keys["devices"]
+        keys.pop("protocol.running_statistics", None)
     if flat.get("data.name") == "folder" or flat.get("data.complete") is False:
         keys["data.root"] = os.path.basename(os.path.normpath(str(flat["data.root"])))
     return keys
@@ -138,6 +149,7 @@ def run_name(cfg: DictConfig) -> str:
         return str(cfg.name)
     base, own = identity(defaults(cfg)), identity(cfg)
     own = {k: v for k, v in own.items() if k not in ("batch", "seed")}
+    base.pop("devices", None)
     other = {k: v for k, v in own.items() if k not in base or base[k] != v}
     name = f"{choices()['norm']}-b{cfg.batch}-s{cfg.seed}"
     if other:

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from training import distributed
 from training.run import Say
 
 CORES = torch.get_num_threads()  # PyTorch's own choice, before anything has changed it
@@ -13,6 +14,15 @@ CORES = torch.get_num_threads()  # PyTorch's own choice, before anything has cha
 def find(name: str) -> torch.device:
     """The device of the key `device`; raises `ValueError` if there is none of that name."""
     gpus = torch.cuda.device_count()
+    if distributed.size() > 1 and gpus and name in ("auto", "cuda"):
+        own = distributed.local_rank()
+        if own >= gpus:
+            raise ValueError(
+                f"devices: process {own + 1} on this machine has no GPU of its own; "
+                f"expected at most {gpus} processes here, or device=cpu"
+            )
+        torch.cuda.set_device(own)
+        return torch.device("cuda", own)
     if name == "auto":
         return torch.device("cuda" if gpus else "cpu")
     allowed = ["auto", "cpu", *(["cuda"] if gpus else []), *(f"cuda:{i}" for i in range(gpus))]

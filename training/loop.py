@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from training import distributed
+from training.checkpoints import Checkpoints
 from training.optimizer import learning_rate
 from training.probes import Probe, Sums
 from training.progress import Board
@@ -61,7 +63,9 @@ class Meter:
     def look(self) -> float:
         """Fetch what is pending, for which the device must have finished; returns the last loss."""
         now = self.now
-        losses, corrects = (torch.stack(x).tolist() for x in zip(*self.pending, strict=True))
+        pending = torch.stack([torch.stack(x) for x in zip(*self.pending, strict=True)])
+        losses, corrects = distributed.total(pending).tolist()
+        losses = [loss / distributed.size() for loss in losses]
         for update, loss in enumerate(losses, now.update - len(losses) + 1):
             if not math.isfinite(loss) and not now.diverged:
                 now.diverged_at = update
@@ -84,8 +88,7 @@ def train(
     model: nn.Module,
     loader: Any,
     plan: Plan,
-    recipe: Any,
-    runtime: Any,
+    cfg: Any,
     run: Run,
     tensorboard: TensorBoard,
     state: Any,
@@ -96,6 +99,7 @@ def train(
     `loader`: the SGD batches of an epoch by `train(epoch, start)`, `len(loader)` of them, and the
     test images by `test(size)`. `state`: a checkpoint to go on from, or None.
     """
+    recipe, runtime = cfg.recipe, cfg.runtime
     per_epoch = len(loader)
     updates = recipe.updates or recipe.epochs * per_epoch
     epochs = math.ceil(updates / per_epoch)
@@ -111,8 +115,10 @@ def train(
 
     def save() -> None:
         run.save(step.state_dict() | {"progress": asdict(now)})
+        checkpoints.written()
 
-    with Board(runtime.progress, updates, now.update) as board:
+    checkpoints = Checkpoints(cfg.checkpoint.every_updates, cfg.checkpoint.every_minutes)
+    with checkpoints, Board(runtime.progress, updates, now.update) as board:
         while now.update < updates and not now.diverged:
             epoch, first = divmod(now.update, per_epoch)
             last = min(per_epoch, updates - epoch * per_epoch)  # the epoch's updates
@@ -123,8 +129,9 @@ def train(
                     done = step(images, labels, lr)
                 meter.add(*done)
 
-                due = runtime.checkpoint_every and now.update % runtime.checkpoint_every == 0
-                if seen % runtime.log_every == 0 or due or seen == last:
+                pause = seen % runtime.log_every == 0 or seen == last
+                due = checkpoints.due(now.update, pause)
+                if pause or due:
                     tensorboard.loss(now.update, meter.look())
                     board.update(epoch + 1, now, seen, plan.sgd_batch)
                     run.tell(now.update, updates, now.wall_seconds)
@@ -145,7 +152,8 @@ def train(
                 "images_per_second": last * plan.sgd_batch / now.epoch_seconds,
             }
             if (epoch + 1) % recipe.eval_every == 0 or now.update == updates:
-                with step.autocast:
+                rule = cfg.protocol.running_statistics
+                with step.autocast, distributed.evaluated(model, rule):
                     row |= evaluate(model, loader.test(runtime.eval_batch))
                 if not math.isfinite(row["test_loss"]):
                     now.diverged_at = now.update
@@ -168,12 +176,17 @@ def train(
 def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> dict[str, float]:
     """Mean cross-entropy and the accuracies in %, over every image once."""
     model.eval()
-    parts, count = [], 0
+    sums = torch.zeros(4, dtype=torch.float64, device=next(model.parameters()).device)
     for images, labels in batches:
         logits = model(images).float()
         hits = logits.topk(min(5, logits.shape[1]), 1).indices == labels[:, None]
         loss = F.cross_entropy(logits, labels, reduction="sum")
-        parts.append(torch.stack([loss, hits[:, 0].sum(), hits.sum()]))
-        count += len(labels)
-    loss, top1, top5 = (torch.stack(parts).double().sum(0) / count).tolist()
-    return {"test_loss": loss, "test_top1": 100 * top1, "test_top5": 100 * top5}
+        sums += torch.stack(
+            [loss, hits[:, 0].sum(), hits.sum(), torch.ones_like(loss) * len(labels)]
+        )
+    loss, top1, top5, count = distributed.total(sums).tolist()
+    return {
+        "test_loss": loss / count,
+        "test_top1": 100 * (top1 / count),
+        "test_top5": 100 * (top5 / count),
+    }

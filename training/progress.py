@@ -6,9 +6,12 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from training.distributed import on_first, rank
+
 console = Console(highlight=False, soft_wrap=True)
 
 
+@on_first
 def say(text: str) -> None:
     """One line, above the bar if there is one."""
     console.print(text, markup=False)
@@ -19,6 +22,8 @@ class Board:
     """Shows updates as they go by and one line for each epoch. `style`: auto, bar, lines, none."""
 
     def __init__(self, style: str, updates: int, done: int):
+        if rank() > 0:
+            style = "none"
         if style == "auto":
             style = "bar" if console.is_terminal else "lines"
         self.style = style

@@ -13,15 +13,21 @@ class Plan:
     """Images that share statistics."""
     sgd_batch: int
     """Images per optimizer step, over all devices."""
+    devices: int
     forward: int
     """Images per forward pass on one device."""
     lr: float
     """Learning rate after scaling to the SGD batch."""
 
+    @property
+    def share(self) -> int:
+        """Images per optimizer step on one device."""
+        return self.sgd_batch // self.devices
 
-def plan(cfg: DictConfig, devices: int = 1) -> Plan:
+
+def plan(cfg: DictConfig) -> Plan:
     """The protocol's two numbers and the learning rate, or `ValueError` where they do not fit."""
-    batch, recipe = cfg.batch, cfg.recipe
+    batch, recipe, devices = cfg.batch, cfg.recipe, int(cfg.get("devices") or 1)
     if cfg.protocol.name == "direct" and cfg.protocol.sgd_batch:
         raise ValueError(
             f"protocol.sgd_batch={cfg.protocol.sgd_batch}: with protocol=direct every batch is a "
@@ -42,4 +48,4 @@ def plan(cfg: DictConfig, devices: int = 1) -> Plan:
             f"protocol.forward={forward}: expected a multiple of batch={batch} that divides the "
             f"{share} images of an optimizer step on one device"
         )
-    return Plan(batch, sgd_batch, forward, recipe.lr * sgd_batch / recipe.lr_batch)
+    return Plan(batch, sgd_batch, devices, forward, recipe.lr * sgd_batch / recipe.lr_batch)

@@ -28,10 +28,12 @@ def describe(
 ) -> str:
     """The numbers that follow from the configuration, in a few lines."""
     recipe, per_epoch = cfg.recipe, len(loader)
-    groups, passes = plan.forward // plan.batch, plan.sgd_batch // plan.forward
+    groups, passes = plan.forward // plan.batch, plan.share // plan.forward
     how = f"{passes} forward passes of {plan.forward} images" if passes > 1 else "one forward pass"
     if groups > 1:
         how += f", {groups} groups of {plan.batch} in each"
+    if plan.devices > 1:
+        how = f"on each of {plan.devices} devices, {how}"
     length = f"{recipe.updates} updates" if recipe.updates else f"{recipe.epochs} epochs of"
     length += f", an epoch has {per_epoch}" if recipe.updates else f" {per_epoch} updates"
     left = f", leaving out {loader.left_out} images" if loader.left_out else ""
@@ -110,6 +112,7 @@ def result(
         "study": cfg.study,
         **hyperparameters(cfg, plan),
         "forward": plan.forward,
+        "devices": plan.devices,
         "epochs": now.update / len(loader),
         "updates": now.update,
         "parameters": parameters(model),

@@ -28,6 +28,7 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
+from training import distributed
 from training.config import folder, identity
 from training.files import read, write
 
@@ -89,6 +90,11 @@ class Run:
         self.folder = folder(cfg)
         self.say = say
         self._told = 0.0
+        self.open(cfg)
+
+    @distributed.shared
+    def open(self, cfg: DictConfig) -> None:
+        """Lock the folder and see that it is ours."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock = open(self.folder / ".lock", "a+")  # noqa: SIM115
@@ -111,6 +117,7 @@ class Run:
     def __enter__(self) -> "Run":
         return self
 
+    @distributed.on_first
     def __exit__(self, *error: object) -> None:
         self._lock.close()
 
@@ -140,7 +147,7 @@ class Run:
             hydra_config = HydraConfig.get()
             write(file.with_name("hydra.yaml"), OmegaConf.to_yaml({"hydra": hydra_config}))
             write(file.with_name("overrides.yaml"), OmegaConf.to_yaml(hydra_config.overrides.task))
-            write(file, OmegaConf.to_yaml(cfg))
+            write(file, OmegaConf.to_yaml(OmegaConf.merge(cfg, {"devices": cfg.devices})))
             return
         differ = differences(self.folder, cfg)
         if differ:
@@ -149,15 +156,17 @@ class Run:
                 f"choose another name= or study=, or delete it with overwrite=true"
             )
 
-    @property
+    @distributed.shared
     def result(self) -> dict[str, Any] | None:
         file = self.folder / "result.json"
         return read(file, "status", "top1") if file.exists() else None
 
+    @distributed.on_first
     def finish(self, result: dict[str, Any]) -> None:
         write(self.folder / "result.json", json.dumps(plain(result), indent=2) + "\n")
         (self.folder / "progress.json").unlink(missing_ok=True)
 
+    @distributed.on_first
     def tell(self, update: int, updates: int, seconds: float) -> None:
         """How far the run is, for whoever watches: once a second at most, and not waiting for the
         disk."""
@@ -168,6 +177,7 @@ class Run:
             temporary.write_text(json.dumps(told))
             temporary.replace(self.folder / "progress.json")
 
+    @distributed.on_first
     def write_metrics(self, rows: list[dict[str, Any]]) -> None:
         """All rows since the first epoch, so that a resumed run has neither gaps nor doubles."""
         text = io.StringIO()
@@ -177,6 +187,7 @@ class Run:
         writer.writerows(rows)
         write(self.folder / "metrics.csv", text.getvalue())
 
+    @distributed.on_first
     def save(self, state: dict[str, Any]) -> None:
         """Make `state` the last checkpoint and keep the one before."""
         buffer = io.BytesIO()
@@ -186,6 +197,7 @@ class Run:
             os.replace(last, self.folder / "previous.pt")
         write(last, buffer.getvalue())
 
+    @distributed.shared
     def load(self) -> dict[str, Any] | None:
         """The newest checkpoint that can be read; says so where that is not the last one."""
         files = [self.folder / name for name in ("last.pt", "previous.pt")]

@@ -6,15 +6,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from training import distributed
 from training.optimizer import sgd
 from training.protocol import Plan
 
 
 class Step:
-    """`step(images, labels, lr)`: forward and backward over the SGD batch, `plan.forward` images at
-    a time, and one update of the weights.
+    """`step(images, labels, lr)`: forward and backward over this process's part of the SGD batch,
+    `plan.forward` images at a time, and one update of the weights.
 
-    Returns the mean loss of the SGD batch and how many answers are right, both still on the device.
+    Returns the mean loss of that part and how many answers are right, both still on the device.
     """
 
     def __init__(self, model: nn.Module, plan: Plan, recipe: Any):
@@ -26,11 +27,12 @@ class Step:
         )
         self.optimizer = sgd(model, recipe, plan.lr)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=recipe.precision == "float16")
+        self.gradients = distributed.flat_gradients(model)
 
     def __call__(self, images: Tensor, labels: Tensor, lr: float) -> tuple[Tensor, Tensor]:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        self.optimizer.zero_grad()
+        self.optimizer.zero_grad(set_to_none=not self.gradients)
         loss, correct = torch.zeros(2, device=self.device).unbind()
         passes = zip(images.split(self.plan.forward), labels.split(self.plan.forward), strict=True)
         for x, y in passes:
@@ -42,27 +44,44 @@ class Step:
             self.scaler.scale(part).backward()
             loss += part.detach()
             correct += (logits.argmax(1) == y).sum()
+        for gradients in self.gradients:
+            distributed.total(gradients).div_(self.plan.devices)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         return loss, correct
 
     def state_dict(self) -> dict[str, Any]:
-        """Its part of a checkpoint. The generators' states are for a model's own randomness, such
-        as dropout."""
-        cuda = [torch.cuda.get_rng_state(self.device)] if self.device.type == "cuda" else []
+        """Its part of a checkpoint; of the other processes, what is their own."""
+        _, *others = distributed.gather(
+            {"buffers": dict(self.model.named_buffers()), **self.rng()}
+        ) or [0]
         return {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
-            "rng": [torch.get_rng_state(), *cuda],
-            "threads": torch.get_num_threads(),
+            **self.rng(),
+            **({"others": others} if others else {}),
         }
 
+    def rng(self) -> dict[str, Any]:
+        """States of generators, for a model's own randomness, such as dropout."""
+        cuda = [torch.cuda.get_rng_state(self.device)] if self.device.type == "cuda" else []
+        return {"rng": [torch.get_rng_state(), *cuda], "threads": torch.get_num_threads()}
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Raises `ValueError` for a checkpoint of another number of processes."""
+        others = state.get("others", [])
+        if len(others) + 1 != self.plan.devices:
+            raise ValueError(
+                f"devices={self.plan.devices}: the checkpoint is of {len(others) + 1} processes; "
+                f"expected as many"
+            )
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         if state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
-        torch.set_rng_state(state["rng"][0])
-        if self.device.type == "cuda" and len(state["rng"]) > 1:
-            torch.cuda.set_rng_state(state["rng"][1], self.device)
+        own = others[distributed.rank() - 1] if distributed.rank() else state
+        self.model.load_state_dict(own.get("buffers", {}), strict=False)
+        torch.set_rng_state(own["rng"][0])
+        if self.device.type == "cuda" and len(own["rng"]) > 1:
+            torch.cuda.set_rng_state(own["rng"][1], self.device)

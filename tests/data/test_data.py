@@ -53,6 +53,22 @@ def test_order_and_augmentation_depend_on_seed_epoch_and_index_alone(count):
     assert not torch.equal(coarse, other_seed)
 
 
+@pytest.mark.parametrize("parts", [2, 3])
+def test_processes_share_batches_and_test_images(parts):
+    """Together, in order, they have what one alone has."""
+    options = dict(crop=2, flip=True, count=30)
+    whole = loader(6, **options)
+    shares = [loader(6, **options, share=(part, parts)) for part in range(parts)]
+    assert all(len(share) == len(whole) for share in shares)
+    for start in (0, 2):
+        pieces = zip(*(share.train(1, start) for share in shares), strict=True)
+        for (images, labels), ours in zip(whole.train(1, start), pieces, strict=True):
+            assert torch.equal(images, torch.cat([x for x, _ in ours]))
+            assert torch.equal(labels, torch.cat([y for _, y in ours]))
+    tested = [y for share in shares for _, y in share.test(2)]
+    assert torch.equal(torch.cat(tested), whole.test_labels)
+
+
 def test_crop_and_flip_by_hand():
     one = loader(1, crop=2, flip=True)
     images = numbered(30).images

@@ -149,6 +149,17 @@ def test_order_and_augmentation_depend_on_seed_epoch_and_index_alone(tree, crop)
     assert not torch.equal(everything(opened(tree, seed=1, **keys).train(3))[0], images)
 
 
+def test_processes_share_batches_and_test_images(tree):
+    whole = opened(tree, sgd_batch=4)
+    shares = [opened(tree, sgd_batch=4, share=(part, 2)) for part in (0, 1)]
+    pieces = zip(*(share.train(1, 1) for share in shares), strict=True)
+    for (images, labels), ours in zip(whole.train(1, 1), pieces, strict=True):
+        assert torch.equal(images, torch.cat([x for x, _ in ours]))
+        assert torch.equal(labels, torch.cat([y for _, y in ours]))
+    tested = [y for share in shares for _, y in share.test(2)]
+    assert torch.equal(torch.cat(tested), whole.test_labels)
+
+
 def test_nothing_of_what_is_skipped_is_read(tree, monkeypatch):
     read = []
     monkeypatch.setattr(stream, "decode", lambda file: read.append(file) or decode(file))
@@ -525,7 +536,7 @@ def test_killed_in_an_epoch_with_workers_it_ends_as_if_it_had_not_been(train, tr
     assert whole.status == 0, whole.err
 
     own = [f"runtime.runs={tmp_path / 'killed'}", f"data.root={tree}", "data.workers=2"]
-    command = [sys.executable, "train.py", *KEYS, *own, "runtime.checkpoint_every=5"]
+    command = [sys.executable, "train.py", *KEYS, *own, "checkpoint.every_updates=5"]
     killed = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     folders = (tmp_path / "killed").glob
     assert wait_for(lambda: list(folders("*/*/last.pt")) or killed.poll() is not None)

@@ -80,7 +80,7 @@ POOL = ["hydra/launcher=pool", "hydra.launcher.workers=2"]
 
 
 def test_pool_survives_the_death_of_its_launcher_and_of_a_worker(basic, tmp_path):
-    command = [*POOL, "norm=bn,mabn", "batch=4", "runtime.checkpoint_every=10"]
+    command = [*POOL, "norm=bn,mabn", "batch=4", "checkpoint.every_updates=10"]
     command.append("runtime.log_every=5")
 
     def stopped() -> list[int]:

@@ -1,0 +1,182 @@
+"""Several processes, as torchrun starts them, against one."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from training.protocol import Plan
+from training.step import Step
+
+ROOT = Path(__file__).parent.parent.parent
+SMALL = ["data.train_fraction=0.2", "runtime.threads=1", "study=s"]
+
+
+def start(processes: int, runs: Path, *args: str) -> subprocess.Popen[str]:
+    """`torchrun` of the command; one process: without it."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    command = [sys.executable, *(torchrun if processes > 1 else []), str(ROOT / "train.py")]
+    sweep = any("," in x for x in args)
+    return subprocess.Popen(
+        [*command, *(["-m"] if sweep else []), *SMALL, f"runtime.runs={runs}", *args],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={k: v for k, v in os.environ.items() if k != "HYDRA_FULL_ERROR"},
+    )
+
+
+def run(processes: int, runs: Path, *args: str) -> tuple[int, str, str]:
+    process = start(processes, runs, *args)
+    out, err = process.communicate(timeout=300)
+    return process.returncode, out, err
+
+
+def folder(runs: Path, name: str = "") -> Path:
+    [found] = (runs / "s").glob(f"{name}*/")
+    return found
+
+
+def checkpoint(runs: Path, name: str = "") -> dict:
+    return torch.load(folder(runs, name) / "last.pt", weights_only=True)
+
+
+def result(runs: Path, name: str = "") -> dict:
+    return json.loads((folder(runs, name) / "result.json").read_text())
+
+
+def until(condition, process: subprocess.Popen[str]) -> None:
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_processes_share_an_sgd_batch(tmp_path, processes):
+    """Without batch statistics, and with those of a process's own batches, many processes compute
+    what one computes under `ghost`."""
+    norms = "norm=bn,gn,ws_gn,pws"
+    args = [norms, "batch=4", "protocol=ghost", "protocol.sgd_batch=24", "recipe.updates=8"]
+    one, many = tmp_path / "one", tmp_path / "many"
+    for count, runs in ((1, one), (processes, many)):
+        status, out, err = run(count, runs, *args)
+        assert status == 0, err
+        assert "error" not in err
+    assert out.count("top-1") == 4, out  # said once
+    assert f"on each of {processes} devices, one forward pass" in out
+    for norm in ("bn", "gn", "ws_gn", "pws"):
+        ours, theirs = checkpoint(one, f"{norm}-"), checkpoint(many, f"{norm}-")
+        assert "others" not in ours
+        assert len(theirs["others"]) == processes - 1
+        for key, value in ours["model"].items():
+            if "running_" not in key and "num_batches" not in key:
+                torch.testing.assert_close(value, theirs["model"][key], rtol=1e-4, atol=1e-5)
+        ours, theirs = result(one, f"{norm}-"), result(many, f"{norm}-")
+        assert theirs["devices"] == processes
+        assert (ours["sgd_batch"], ours["learning_rate"], ours["updates"]) == (
+            theirs["sgd_batch"],
+            theirs["learning_rate"],
+            theirs["updates"],
+        )
+        if norm != "bn":  # evaluation counts every test image once, 359 of them
+            assert theirs["test_loss"] == pytest.approx(ours["test_loss"], rel=1e-4)
+            assert theirs["top1"] == pytest.approx(ours["top1"], abs=0.6)
+
+
+def test_each_process_has_its_own_running_statistics(tmp_path):
+    args = ["norm=bn", "batch=4", "recipe.updates=6", "data.train_fraction=0.1"]
+    for rule in ("first", "mean"):
+        runs = tmp_path / rule
+        status, _, err = run(2, runs, *args, f"protocol.running_statistics={rule}")
+        assert status == 0, err
+        state = checkpoint(runs)
+        [other] = state["others"]
+        assert state["model"]["stem.norm.num_batches_tracked"] == 6
+        for key, value in other["buffers"].items():
+            if "running_" in key:
+                assert torch.equal(value, state["model"][key]) == (rule == "mean"), key
+    names = [folder(tmp_path / rule).name for rule in ("first", "mean")]
+    assert len(set(names)) == 2
+    assert result(tmp_path / "first")["sgd_batch"] == 8  # direct: a batch on each device
+
+
+LONG = ["norm=mabn", "batch=4", "recipe.epochs=3", "runtime.log_every=5"]
+
+
+def test_a_lost_process_ends_the_run_and_the_same_command_goes_on(tmp_path):
+    status, _, err = run(2, tmp_path / "undisturbed", *LONG)
+    assert status == 0, err
+
+    runs = tmp_path / "disturbed"
+    command = [*LONG, "checkpoint.every_updates=10"]
+    process = start(2, runs, *command)
+    until(lambda: list(runs.glob("s/*/last.pt")), process)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    ranks = {_environment(int(pid)).get("RANK"): int(pid) for pid in children}
+    os.kill(ranks["1"], signal.SIGKILL)
+    _, err = process.communicate(timeout=100)
+    assert process.returncode == 1
+    said = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(said) == 1, err
+    assert "process 0 of 2: lost another process of this run" in said[0]
+    assert "the same command goes on from the last checkpoint" in said[0]
+
+    process = start(2, runs, *command)
+    until(lambda: (folder(runs) / "progress.json").exists(), process)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=100)
+    assert process.returncode != 0
+    assert "interrupted; the same command goes on from here" in err
+
+    status, out, err = run(2, runs, *command)
+    assert status == 0, err
+    assert "goes on after update" in out
+    ours, theirs = checkpoint(tmp_path / "undisturbed"), checkpoint(runs)
+    assert all(torch.equal(value, theirs["model"][key]) for key, value in ours["model"].items())
+    [ours], [theirs] = ours["others"], theirs["others"]
+    assert all(torch.equal(value, theirs["buffers"][key]) for key, value in ours["buffers"].items())
+
+    status, _, err = run(1, runs, *LONG, f"name={folder(runs).name}")
+    assert status == 1
+    assert "devices is 2 there and absent here" in err
+
+
+def _environment(pid: int) -> dict[str, str]:
+    pairs = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    return dict(x.decode().split("=", 1) for x in pairs if b"=" in x)
+
+
+def test_mistakes_are_told_once(tmp_path):
+    status, _, err = run(2, tmp_path, "norm=gn", "protocol=ghost", "protocol.sgd_batch=31")
+    assert status == 1
+    said = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(said) == 1, err
+    assert "protocol.sgd_batch=31: expected a multiple of batch=32 times 2 devices" in said[0]
+
+
+def test_submitit_starts_the_processes_of_a_run(tmp_path):
+    args = ["hydra/launcher=submitit_local", "devices=2", "norm=gn,ln", "recipe.updates=3"]
+    status, _, err = run(1, tmp_path, *args, "batch=4")
+    assert status == 0, err
+    assert [result(tmp_path, x)["devices"] for x in ("gn", "ln")] == [2, 2]
+
+
+def test_devices_are_those_that_there_are(train):
+    outcome = train("devices=3")
+    assert outcome.status == 1
+    assert "devices=3: 1 process started this run; expected torchrun" in outcome.err
+
+
+def test_a_checkpoint_of_another_number_of_processes_is_refused():
+    model = torch.nn.Linear(2, 2)
+    recipe = type("", (), dict(precision="float32", weight_decay_norms=True, weight_decay=0.0))
+    recipe.momentum, recipe.nesterov, recipe.label_smoothing = 0.9, False, 0.0
+    step = Step(model, Plan(2, 4, 2, 2, 0.1), recipe)
+    with pytest.raises(ValueError, match="devices=2: the checkpoint is of 1 processes"):
+        step.load_state_dict({})

@@ -1,0 +1,190 @@
+"""Several processes that share an SGD batch: one for each GPU, started by torchrun or submitit.
+
+Every process composes the same configuration and takes its part of each SGD batch and of the test
+images; gradients are averaged, so weights stay equal. Buffers, such as running statistics, are each
+process's own. Only the first writes files and speaks. With one process nothing here does anything.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from functools import wraps
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+
+if TYPE_CHECKING:  # torch is imported where it is used: --help asks for the rank, too
+    from torch import Tensor, nn
+
+P = ParamSpec("P")
+T = TypeVar("T")
+PATIENCE = timedelta(minutes=30)  # for the slowest of the others
+store: Any = None  # what the processes leave for each other
+
+
+def size() -> int:
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", 0))
+
+
+def local_rank() -> int:
+    """Among the processes on this machine."""
+    return int(os.environ.get("LOCAL_RANK", rank()))
+
+
+def join(cfg: Any) -> None:
+    """Meet the others. Raises `ValueError` if all together are not `cfg.devices`."""
+    global store
+    if "SUBMITIT_EXECUTOR" in os.environ and "WORLD_SIZE" not in os.environ:
+        from submitit.helpers import TorchDistributedEnvironment
+
+        TorchDistributedEnvironment().export(set_cuda_visible_devices=False)
+    devices = cfg.devices
+    if devices != size():
+        raise ValueError(
+            f"devices={devices}: {size()} process{'es' * (size() > 1)} started this run; expected "
+            f"torchrun --nproc-per-node={devices}, or devices={size()}"
+        )
+    if size() == 1:
+        return
+    import torch
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        store, _, _ = next(dist.rendezvous("env://", timeout=PATIENCE))
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        named = dist.PrefixStore("run", store)
+        dist.init_process_group(
+            backend, store=named, rank=rank(), world_size=size(), timeout=PATIENCE
+        )
+
+
+def speaks() -> bool:
+    """Whether this process is to tell of an error: of several that meet it, the quickest does."""
+    if store is None:
+        return rank() == 0
+    try:
+        return store.add("told", 1) == 1
+    except RuntimeError:  # it went with the first process
+        return True
+
+
+def lost(error: BaseException) -> bool:
+    """Whether it says that another process is gone."""
+    if size() == 1 or not isinstance(error, RuntimeError):
+        return False
+    names = [kind.__name__ for kind in type(error).__mro__]
+    return "DistError" in names or "gloo" in str(error) or "NCCL" in str(error)
+
+
+def on_first(function: Callable[..., None]) -> Callable[..., None]:
+    """`function`, in the first process alone."""
+
+    @wraps(function)
+    def call(*args: Any, **kwargs: Any) -> None:
+        if rank() == 0:
+            function(*args, **kwargs)
+
+    return call
+
+
+def shared(function: Callable[P, T]) -> Callable[P, T]:
+    """`function`, called by the first process, whose return value or exception all get."""
+
+    @wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if size() == 1:
+            return function(*args, **kwargs)
+        import torch.distributed as dist
+
+        outcome: list[Any] = [None, None]
+        if rank() == 0:
+            try:
+                outcome[0] = function(*args, **kwargs)
+            except Exception as error:
+                outcome[1] = error
+        dist.broadcast_object_list(outcome)
+        if outcome[1] is not None:
+            raise outcome[1]
+        return outcome[0]
+
+    return call
+
+
+def gather(value: Any) -> list[Any]:
+    """The values of all processes, in the first; an empty list in the others."""
+    if size() == 1:
+        return [value]
+    import torch.distributed as dist
+
+    values = [None] * size() if rank() == 0 else None
+    dist.gather_object(value, values)
+    return values or []
+
+
+def total(values: Tensor) -> Tensor:
+    """The sum over all processes, in place."""
+    if size() > 1:
+        import torch.distributed as dist
+
+        dist.all_reduce(values)
+    return values
+
+
+def equal(model: nn.Module) -> None:
+    """Give every process the first one's parameters and buffers."""
+    if size() > 1:
+        import torch.distributed as dist
+
+        for value in model.state_dict().values():
+            dist.broadcast(value, 0)
+
+
+def flat_gradients(model: nn.Module) -> list[Tensor]:
+    """One tensor for each type of parameter, of which their gradients are views from now on, so
+    that a single call averages them. Empty with one process."""
+    flat: list[Tensor] = []
+    parameters = [p for p in model.parameters() if p.requires_grad] if size() > 1 else []
+    for dtype in dict.fromkeys(p.dtype for p in parameters):
+        own = [p for p in parameters if p.dtype == dtype]
+        gradients = own[0].new_zeros(sum(p.numel() for p in own))
+        for p, view in zip(own, gradients.split([p.numel() for p in own]), strict=True):
+            p.grad = view.as_strided(p.size(), p.stride(), view.storage_offset())
+        flat.append(gradients)
+    return flat
+
+
+@contextmanager
+def evaluated(model: nn.Module, rule: str) -> Iterator[None]:
+    """The model as it is to be evaluated, in every process: meanwhile with the buffers of the first
+    (`first`), or from now on with running statistics averaged over all (`mean`)."""
+    if size() == 1:
+        yield
+        return
+    if rule == "mean":
+        for name, value in model.named_buffers():
+            if name.rpartition(".")[2].startswith("running_"):
+                total(value).div_(size())
+        yield
+        return
+    import torch.distributed as dist
+
+    own = [value.clone() for value in model.buffers()]
+    for value in model.buffers():
+        dist.broadcast(value, 0)
+    yield
+    for value, before in zip(model.buffers(), own, strict=True):
+        value.copy_(before)
+
+
+def leave() -> None:
+    """At the end of a process; NCCL complains otherwise."""
+    if store is not None:
+        import torch.distributed as dist
+
+        with suppress(Exception):
+            dist.destroy_process_group()
