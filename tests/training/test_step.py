@@ -141,7 +141,7 @@ def test_channels_last_changes_nothing(scheme):
         plan = Plan(batch=4, sgd_batch=8, forward=4 if scheme == "sync_bn" else 8, lr=0.1)
         step = Step(model, plan, recipe())
         losses = [step(*batch, 0.05)[0].item() for batch in batches(3)]
-        assert all(kept) == (layout == torch.channels_last)
+        assert all(kept) or layout != torch.channels_last  # as PWS's are in either
         ends.append((losses, model.state_dict()))
     assert ends[0][0] == pytest.approx(ends[1][0], rel=1e-3)
     for key, value in ends[0][1].items():
@@ -200,9 +200,9 @@ def test_a_compiled_run_with_a_probe(train, monkeypatch):
     keys = ["batch=8", "norm=mabn", "probe=gradient_shift", "probe.every=3", "recipe.updates=7"]
     rows = []
     for compiled in ("false", "true"):
-        done = train(*keys, f"runtime.compile={compiled}", f"study={compiled}")
+        done = train(*keys, f"runtime.compile={compiled}", f"study=compiled-{compiled}")
         assert done.status == 0, done.err
-        folder = next(done.runs.glob(f"{compiled}/mabn*"))
+        folder = next(done.runs.glob(f"compiled-{compiled}/mabn*"))
         rows.append(torch.load(folder / "last.pt", weights_only=True)["progress"]["rows"][0])
         assert json.loads((folder / "result.json").read_text())["compiled"] == (compiled == "true")
     assert len(compiles) == 2  # the trial, and the network
@@ -265,7 +265,7 @@ def test_what_is_mixed_is_a_function_of_seed_epoch_number_and_rank():
     """And NumPy's own generator stays as it is."""
 
     def mixed(epoch=0, start=0, **numbers):
-        loader = Mixed(Plain(), 0.4, 1.0, 3, **{"seed": 5, **numbers})
+        loader = Mixed(Plain(), 9.0, 0.0, 3, **{"seed": 5, **numbers})
         assert len(loader) == 2
         assert loader.left_out == 5
         return [images for images, _ in loader.train(epoch, start)]
@@ -394,8 +394,8 @@ def test_one_batch(train):
 
 
 def test_overfit(train):
-    keys = ["debug=overfit", "norm=gn", "batch=8", "recipe.epochs=25", "recipe.mixup=1"]
-    done = train(*keys, "recipe.eval_every=25")
+    keys = ["debug=overfit", "norm=gn", "batch=8", "recipe.epochs=60", "recipe.mixup=1"]
+    done = train(*keys, "recipe.eval_every=60")
     assert done.status == 0, done.err
     assert "64 training, 64 test images" in done.out
     result = json.loads((done.run() / "result.json").read_text())
