@@ -110,7 +110,7 @@ def load(
         order = torch.from_numpy(np.random.default_rng(0).permutation(len(train)))
         train = test = train.take(order[:few])
         keys |= {"crop": 0, "flip": False, "lighting": 0.0}
-    own = dict(device=device, share=share)
+    own: dict[str, Any] = dict(device=device, share=share)
     loader: Loader | Stream
     if isinstance(train, Split):
         loader = Loader(train, test, sgd_batch, seed, keys["crop"], keys["flip"], **own)

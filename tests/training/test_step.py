@@ -29,7 +29,7 @@ RECIPE = {
     **dict(momentum=0.9, nesterov=False, weight_decay=0.01, weight_decay_norms=True),
     **dict(precision="float32", label_smoothing=0.0),
 }
-PLAN = Plan(batch=4, sgd_batch=8, forward=4, lr=0.1)
+PLAN = Plan(batch=4, sgd_batch=8, devices=1, forward=4, lr=0.1)
 
 
 def recipe(**values):
@@ -138,7 +138,8 @@ def test_channels_last_changes_nothing(scheme):
                 x[0].is_contiguous(memory_format=torch.channels_last)
             )
         )
-        plan = Plan(batch=4, sgd_batch=8, forward=4 if scheme == "sync_bn" else 8, lr=0.1)
+        forward = 4 if scheme == "sync_bn" else 8
+        plan = Plan(batch=4, sgd_batch=8, devices=1, forward=forward, lr=0.1)
         step = Step(model, plan, recipe())
         losses = [step(*batch, 0.05)[0].item() for batch in batches(3)]
         assert all(kept) or layout != torch.channels_last  # as PWS's are in either
@@ -330,7 +331,7 @@ def test_a_run_from_before_these_keys_is_recognised(train):
 
 def test_killed_and_restarted_with_mixing_and_average(train, tmp_path):
     keys = ["batch=8", "recipe.epochs=4", "recipe.mixup=0.2", "recipe.cutmix=1", "recipe.ema=0.9",
-            "recipe.optimizer=adamw", "recipe.lr=0.001", "runtime.checkpoint_every=5"]  # fmt: skip
+            "recipe.optimizer=adamw", "recipe.lr=0.001", "checkpoint.every_updates=5"]  # fmt: skip
     whole = train(*keys, runs=tmp_path / "whole").run()
     own = ["data.train_fraction=0.1", f"runtime.runs={tmp_path / 'runs'}", "runtime.threads=1"]
     command = [sys.executable, "train.py", *keys, *own]
@@ -361,7 +362,7 @@ MISTAKES = {
     "recipe.ema=1": "recipe.ema=1: expected a number from 0, below 1",
     "recipe.clip=-1": "recipe.clip=-1: expected a number from 0",
     "recipe.mixup=-1": "recipe.mixup=-1: expected a number from 0",
-    "batch=3 recipe.cutmix=1": "recipe.cutmix=1: mixes the images of an SGD batch in pairs, and it",
+    "batch=3 recipe.cutmix=1": "recipe.cutmix=1: mixes the images of an optimizer",
     "runtime.channels_last=yes": "runtime.channels_last=yes: expected auto, true, false",
     "runtime.compile=1": "runtime.compile=1: expected true or false",
     "debug=overfit batch=128": "debug.images=64: expected at least the SGD batch of 128",
