@@ -22,7 +22,7 @@ def main(cfg: DictConfig) -> float | None:
     import data
     import models
     import norms
-    from training import config, device, distributed, loop, probes, protocol, report
+    from training import config, debug, device, distributed, loop, probes, protocol, report
     from training.progress import say
     from training.run import Run
     from training.tensorboard import TensorBoard
@@ -32,6 +32,8 @@ def main(cfg: DictConfig) -> float | None:
     config.check(cfg)
     plan = protocol.plan(cfg)
     where = device.find(cfg.device)
+    checking = cfg.get("debug")  # a run that counts for nothing
+    debug.check(checking, cfg.recipe, plan)
     source = data.find(cfg.data, plan.sgd_batch, cfg.recipe)
     options = {k: v for k, v in cfg.norm.items() if k != "name"}
     sizes = dict(batch_size=plan.batch, sgd_batch_size=plan.share)
@@ -44,6 +46,8 @@ def main(cfg: DictConfig) -> float | None:
     probe = probes.build(**cfg.probe, model=model, batch=plan.batch)
     shape = (plan.forward, source.channels, source.size, source.size)
     models.rehearse(model, shape, source.num_classes)
+    if cfg.runtime.compile:
+        device.check_compiler(where)
 
     with Run(cfg, say) as run:
         if over := run.result():
@@ -54,9 +58,10 @@ def main(cfg: DictConfig) -> float | None:
 
         share = (distributed.rank(), distributed.size())
         loader = data.load(
-            source, cfg.data, cfg.recipe, plan.sgd_batch, cfg.seed, where, say, share
+            source, cfg.data, cfg.recipe, plan.sgd_batch, cfg.seed, where, say, share, checking
         )
-        model.to(where)
+        layout = device.memory_format(where, cfg.runtime.channels_last, scheme.channels_last)
+        model.to(where).to(memory_format=layout)
         if scheme.initialize and state is None:
             scheme.initialize(model, loader.sample(128))
         distributed.equal(model)
@@ -65,7 +70,8 @@ def main(cfg: DictConfig) -> float | None:
         say(f"{run.folder}" + (f": goes on after update {done}" if done else ""))
         say(report.describe(cfg, plan, model, loader, where))
         hyperparameters = report.hyperparameters(cfg, plan)
-        with closing(TensorBoard(run.folder, done, hyperparameters)) as tensorboard:
+        recording = debug.recording(checking, cfg.recipe, run.folder, say)
+        with closing(TensorBoard(run.folder, done, hyperparameters)) as tensorboard, recording:
             progress = loop.train(model, loader, plan, cfg, run, tensorboard, state, probe)
             result = report.result(cfg, plan, source, model, loader, scheme.batch_free, progress)
             tensorboard.finish(result)

@@ -3,15 +3,17 @@
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 
 from data import imagenet
 from data.loader import Loader, check_size
+from data.mixing import Mixed
 from data.sources import Source, cifar, digits, folder, synthetic
 from data.splits import Files, Split, stratified
 from data.stream import CROPS, Stream
 
-__all__ = ["Files", "Loader", "Source", "Split", "Stream", "find", "load", "read"]
+__all__ = ["Files", "Loader", "Mixed", "Source", "Split", "Stream", "find", "load", "read"]
 
 
 def find(config: Any, sgd_batch: int, recipe: Any) -> Source:
@@ -89,13 +91,32 @@ def load(
     device: torch.device | str = "cpu",
     say: Callable[[str], None] = print,
     share: tuple[int, int] = (0, 1),
-) -> Loader | Stream:
+    debug: Any = None,
+) -> Loader | Stream | Mixed:
     """The batches of a data set for one training: on the device where it fits, else from disk.
-    `share`: which part of them, of how many, another process having each of the others."""
+    `share`: which part of them, of how many, another process having each of the others.
+
+    `debug`, a `debug` config group: with `images`, so many training images, which are the test
+    images too, and nothing is augmented; with `test_images`, the first test images.
+    """
     train, test = read(source, config)
-    keys = dict(crop=recipe.crop, flip=recipe.flip, device=device, share=share)
-    if isinstance(train, Split):
-        return Loader(train, test, sgd_batch, seed, **keys)
+    keys = dict(crop=recipe.crop, flip=recipe.flip)
     keys |= {key: recipe[key] for key in ("lighting", "pixels") if key in recipe}
-    keys |= {key: config[key] for key in ("size", "resize", "workers", "on_error")}
-    return Stream(train, test, sgd_batch, seed, say=say, **keys)
+    if debug and "test_images" in debug:
+        test = test.take(torch.arange(min(debug.test_images, len(test))))
+    few = debug and debug.get("images")
+    if few:
+        check_size(few, len(train), f"debug.images={few}")
+        order = torch.from_numpy(np.random.default_rng(0).permutation(len(train)))
+        train = test = train.take(order[:few])
+        keys |= {"crop": 0, "flip": False, "lighting": 0.0}
+    own: dict[str, Any] = dict(device=device, share=share)
+    loader: Loader | Stream
+    if isinstance(train, Split):
+        loader = Loader(train, test, sgd_batch, seed, keys["crop"], keys["flip"], **own)
+    else:
+        keys |= {key: config[key] for key in ("size", "resize", "workers", "on_error")}
+        loader = Stream(train, test, sgd_batch, seed, say=say, **own, **keys)
+    if (recipe.mixup or recipe.cutmix) and not few:
+        return Mixed(loader, recipe.mixup, recipe.cutmix, source.num_classes, seed, share[0])
+    return loader

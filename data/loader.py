@@ -25,12 +25,13 @@ def portion(order: np.ndarray, sgd_batch: int, share: Share) -> np.ndarray:
     return order.reshape(-1, parts, sgd_batch // parts)[:, part].reshape(-1)
 
 
-def check_size(sgd_batch: int, images: int) -> None:
-    """Raise `ValueError` if so many training images do not make one SGD batch."""
-    if sgd_batch > images:
+def check_size(wanted: int, images: int, key: str = "") -> None:
+    """Raise `ValueError` if there are not so many training images as an SGD batch needs, or as the
+    `key` asks for."""
+    if wanted > images:
         raise ValueError(
-            f"protocol.sgd_batch={sgd_batch} (of batch and protocol): larger than the data set; "
-            f"expected at most its {images} training images"
+            f"{key or f'protocol.sgd_batch={wanted} (of batch and protocol)'}: larger than the "
+            f"data set; expected at most its {images} training images"
         )
 
 

@@ -149,7 +149,7 @@ class Photographs:
         seed: int,
         size: int,
         resize: int,
-        crop: str,
+        crop: str | int,
         flip: bool,
         lighting: float,
         skip: bool,
@@ -173,7 +173,7 @@ class Photographs:
                     if self.skip:
                         continue
                     return images[:0], torch.empty(0), colours[:0], unread
-                if epoch is None:
+                if epoch is None or not self.crop:
                     images[n] = centre(image, self.size, self.resize)
                 else:
                     images[n], colours[n] = self.augment(image, epoch, first)
@@ -187,7 +187,7 @@ class Photographs:
         rng = np.random.default_rng([self.seed, epoch, 1 + index])  # without it: the order's
         mirror = rng.integers(2) and self.flip
         height, width = image.shape[1:]
-        window = cut(image, CROPS[self.crop](width, height, rng))
+        window = cut(image, CROPS[str(self.crop)](width, height, rng))
         window = scale(window, self.size, self.size)
         shift = COLOURS @ rng.normal(0, 1, 3) * (255 * self.lighting)
         return window.flip(2) if mirror else window, torch.from_numpy(shift)
@@ -226,12 +226,13 @@ def _end_with_parent(worker: int) -> None:
 class Stream:
     """`train`: SGD batches of augmented images; `test`: every test image exactly once.
 
-    `crop`: "random_resized" or "random_square", scaled to `size`; `flip`: mirror half of the
-    images; `lighting`: standard deviation of AlexNet's colour noise; `pixels`: "standardized" by
-    ImageNet's mean and deviation, or "bgr_255", BGR from 0 to 255. Evaluation scales the short side
-    to `resize` and cuts the middle out. `workers`: processes; 0: none; None: as many as torch has
-    threads. `on_error`: "raise", or "skip" unreadable images and `say` how many at the end of a
-    pass: evaluation leaves them out, training takes the next one instead.
+    `crop`: "random_resized" or "random_square", scaled to `size`, or 0: the images of an
+    evaluation, never mirrored; `flip`: mirror half of the images; `lighting`: standard deviation of
+    AlexNet's colour noise; `pixels`: "standardized" by ImageNet's mean and deviation, or "bgr_255",
+    BGR from 0 to 255. Evaluation scales the short side to `resize` and cuts the middle out.
+    `workers`: processes; 0: none; None: as many as torch has threads. `on_error`: "raise", or
+    "skip" unreadable images and `say` how many at the end of a pass: evaluation leaves them out,
+    training takes the next one instead.
 
     Batches raise `ValueError` for an unreadable image, `ChildProcessError` if a worker is gone.
     """
@@ -244,7 +245,7 @@ class Stream:
         seed: int,
         size: int = 224,
         resize: int = 256,
-        crop: str = "random_resized",
+        crop: str | int = "random_resized",
         flip: bool = True,
         lighting: float = 0.0,
         pixels: str = "standardized",

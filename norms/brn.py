@@ -133,4 +133,5 @@ def scheme(
             eps=eps,
             momentum=momentum,
         ),
+        channels_last=True,
     )

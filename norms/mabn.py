@@ -224,4 +224,5 @@ def scheme(
             batches_per_step=m.batches_per_step(batch_size, sgd_batch_size),
         ),
         loss_scaling=False,
+        channels_last=True,
     )

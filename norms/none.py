@@ -13,4 +13,10 @@ from norms.scheme import Scheme, biased_conv, identity
 
 def scheme(batch_size: int | None = None) -> Scheme:
     """Plain convolutions with bias, and nothing behind them."""
-    return Scheme(name="none", conv=partial(biased_conv, nn.Conv2d), norm=identity, batch_free=True)
+    return Scheme(
+        name="none",
+        conv=partial(biased_conv, nn.Conv2d),
+        norm=identity,
+        batch_free=True,
+        channels_last=True,
+    )

@@ -140,5 +140,6 @@ def scheme(
         end_norm=identity if plain else partial(nn.GroupNorm, 1),
         block="pws_tf" if plain else "pws",
         batch_free=True,
+        channels_last=True,
         initialize=initialize_alpha if initalpha else None,
     )

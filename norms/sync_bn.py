@@ -65,4 +65,5 @@ def scheme(batch_size: int | None = None, eps: float = 1e-5, momentum: float = 0
         name="sync_bn",
         conv=partial(conv, nn.Conv2d),
         norm=partial(SyncBatchNorm2d, batch_size=batch_size, eps=eps, momentum=momentum),
+        channels_last=True,
     )

@@ -24,4 +24,5 @@ def scheme(
         name="ws_bn",
         conv=partial(conv, partial(WSConv2d, eps=ws_eps, unbiased=unbiased, eps_inside=eps_inside)),
         norm=partial(GhostBatchNorm2d, batch_size=batch_size, eps=eps, momentum=momentum),
+        channels_last=True,
     )

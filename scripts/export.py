@@ -65,7 +65,7 @@ def load(run: Path) -> tuple[nn.Module, norms.Scheme, dict[str, Any]]:
     model = models.build(**cfg.model, scheme=scheme, **shape)
     try:
         state = torch.load(run / "last.pt", map_location="cpu", weights_only=True)
-        model.load_state_dict(state["model"])
+        model.load_state_dict(state.get("ema") or state["model"])
     except Exception as error:  # of zipfile, pickle and torch, for whatever the file holds
         what = " ".join(str(error).split())[:100]
         raise ValueError(

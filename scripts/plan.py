@@ -37,7 +37,7 @@ from data.imagenet import CLASSES, TRAIN, VAL
 from training import device as devices
 from training import protocol
 from training.cli import MISTAKES, explain
-from training.optimizer import sgd
+from training.optimizer import build
 from training.study import Cell, cells, jobs, state
 
 TEST_IMAGES = {"digits": 359, "cifar10": 10_000, "cifar100": 10_000, "imagenet": VAL}
@@ -126,7 +126,7 @@ def measure(row: Row, shape: tuple[int, ...], classes: int, where: torch.device)
     with torch.device(where):
         _, model = network(cfg, plan, classes, shape[1])
         model.train()
-        optimizer = sgd(model, cfg.recipe, 0.0)
+        optimizer = build(model, cfg.recipe, 0.0)
         x, y = torch.randn(images, *shape[1:]), torch.randint(classes, (images,))
     half = torch.float16 if cfg.recipe.precision == "float16" else torch.bfloat16
     cast = torch.autocast(where.type, half, enabled=cfg.recipe.precision != "float32")

@@ -20,6 +20,16 @@ OUTSIDE = (
 )
 OUTSIDE_GROUPS = ("runtime.", "checkpoint.", "probe.")
 
+# Keys that came later, and what happened before them: a run without them is a run with these.
+LATER: dict[str, Any] = {
+    "recipe.optimizer": "sgd",
+    "recipe.betas": [0.9, 0.999],
+    "recipe.clip": 0.0,
+    "recipe.ema": 0.0,
+    "recipe.mixup": 0.0,
+    "recipe.cutmix": 0.0,
+}
+
 # Whole numbers, and the least that is allowed.
 COUNTS = {
     "batch": 1,
@@ -40,6 +50,9 @@ COUNTS = {
     "norm.r_until": 0,
     "norm.d_until": 0,
     "probe.every": 1,
+    "debug.images": 1,
+    "debug.test_images": 1,
+    "debug.updates": 1,
     "recipe.epochs": 1,
     "recipe.updates": 1,
     "recipe.lr_batch": 1,
@@ -60,6 +73,10 @@ NUMBERS = {
     "recipe.label_smoothing": PART,
     "recipe.lighting": (0.0, 1e300, " from 0"),
     "checkpoint.every_minutes": (0.0, 1e300, " from 0"),
+    "recipe.clip": (0.0, 1e300, " from 0"),
+    "recipe.ema": (0.0, 1 - 1e-9, " from 0, below 1"),
+    "recipe.mixup": (0.0, 1e300, " from 0"),
+    "recipe.cutmix": (0.0, 1e300, " from 0"),
     "norm.momentum": PART,
     "norm.rate": PART,
     "norm.eps": (0.0, 1e300, " from 0"),
@@ -74,10 +91,13 @@ CHOICES: dict[str, tuple[str, ...]] = {  # beside a number, where the key is abo
     "data.on_error": ("raise", "skip"),
     "recipe.crop": ("random_resized", "random_square"),
     "recipe.pixels": ("standardized", "bgr_255"),
+    "recipe.optimizer": ("sgd", "adamw"),
     "recipe.schedule": ("step", "cosine", "linear"),
     "probe.name": ("none", "batch_statistics", "gradient_shift"),
     "recipe.precision": ("float32", "bfloat16", "float16"),
     "runtime.progress": ("auto", "bar", "lines", "none"),
+    "runtime.channels_last": ("auto", "true", "false"),
+    "debug.name": ("one_batch", "overfit", "profile"),
 }
 
 
@@ -106,7 +126,7 @@ def flatten(config: Any, resolve: bool = False) -> dict[str, Any]:
 def identity(config: Any) -> dict[str, Any]:
     """The keys that can change a result. Paths do not, but the name of a folder of images is the
     name of the data set."""
-    flat = flatten(config)
+    flat = LATER | flatten(config)
     keys = {k: v for k, v in flat.items() if k not in OUTSIDE and not k.startswith(OUTSIDE_GROUPS)}
     devices = keys.pop("devices", 1)
     keys["devices"] = devices if isinstance(devices, int) else distributed.size()
@@ -179,9 +199,15 @@ def check_precision(cfg: DictConfig, loss_scaling: bool) -> None:
         )
 
 
+def shown(value: Any) -> str:
+    """As it is typed."""
+    typed = {None: "null", True: "true", False: "false"}
+    return typed[value] if value is None or isinstance(value, bool) else str(value)
+
+
 def check(cfg: DictConfig) -> None:
     """Raise `ValueError`, in one line, for a value that no run can have."""
-    groups = ("data", "model", "norm", "probe", "protocol", "recipe")
+    groups = ["data", "model", "norm", "probe", "protocol", "recipe"]
     for group in groups:
         if not choices().get(group):
             raise ValueError(f"{group}=null: a run needs one; --help lists the options")
@@ -189,6 +215,8 @@ def check(cfg: DictConfig) -> None:
         raise ValueError("model.name=???: needs a value, such as model.name=resnet18")
     if cfg.recipe.epochs is None and cfg.recipe.updates is None:
         raise ValueError("recipe.epochs=null: expected a number, of epochs or recipe.updates")
+    if choices().get("debug"):
+        groups.append("debug")
     base = flatten(composed(*(f"{group}={choices()[group]}" for group in groups)))
     own = flatten(cfg, resolve=True)
     for key in base.keys() - own.keys():
@@ -211,17 +239,22 @@ def check(cfg: DictConfig) -> None:
             low, high, bounds = NUMBERS.get(key, (-1e300, 1e300, ""))
             right, expected = number and low <= value <= high, f"a number{bounds}"
         else:
-            right = value is not None and (not allowed or value in allowed)
+            right = value is not None and (not allowed or shown(value) in allowed)
             expected = ", ".join(allowed) or "a text"
         if not right:
-            typed = {None: "null", True: "true", False: "false"}
-            value = typed[value] if value is None or isinstance(value, bool) else value
-            raise ValueError(f"{key}={value}: expected {expected}")
+            raise ValueError(f"{key}={shown(value)}: expected {expected}")
     milestones = own["recipe.milestones"]
     if not isinstance(milestones, list) or any(
         not isinstance(m, int | float) or not 0 <= m <= 1 for m in milestones
     ):
         raise ValueError(f"recipe.milestones={milestones}: expected parts from 0 to 1: [0.5,0.75]")
+    betas = own["recipe.betas"]
+    if not (
+        isinstance(betas, list)
+        and len(betas) == 2
+        and all(isinstance(b, int | float) and 0 <= b < 1 for b in betas)
+    ):
+        raise ValueError(f"recipe.betas={betas}: expected two numbers from 0, below 1: [0.9,0.999]")
     for key in ("study", "name"):
         if cfg[key] is not None and str(cfg[key]) != os.path.basename(str(cfg[key])).strip(". "):
             raise ValueError(f"{key}={cfg[key]}: expected the name of a folder, without slashes")

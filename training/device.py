@@ -1,6 +1,7 @@
 """Where a run computes."""
 
 import gc
+from functools import cache
 from typing import Any
 
 import torch
@@ -30,6 +31,26 @@ def find(name: str) -> torch.device:
         why = "" if gpus or not str(name).startswith("cuda") else "torch finds no GPU here; "
         raise ValueError(f"device={name}: {why}expected {', '.join(allowed)}")
     return torch.device(name)
+
+
+@cache
+def check_compiler(device: torch.device) -> None:
+    """Raise `ValueError` if torch cannot compile for this device, tried on a negation."""
+    try:
+        torch.compile(torch.neg)(torch.zeros(2, device=device))
+    except Exception as error:  # of four libraries, for whatever is missing
+        lines = [line for line in str(error).splitlines() if line.strip()]
+        raise ValueError(
+            f"runtime.compile=true: torch.compile does not work here ({lines[0][:200]}); expected "
+            f"false, or a C++ compiler and, for a GPU, Triton"
+        ) from error
+
+
+def memory_format(device: torch.device, wish: bool | str, gains: bool) -> torch.memory_format:
+    """How a network's tensors lie in memory: `wish`, the key `runtime.channels_last`; "auto" takes
+    channels-last on a GPU where the scheme `gains` from it, and never on a CPU."""
+    last = device.type == "cuda" and gains if wish == "auto" else wish
+    return torch.channels_last if last else torch.contiguous_format
 
 
 def prepare(device: torch.device, threads: int | None, state: Any, say: Say) -> None:

@@ -103,7 +103,7 @@ def train(
     per_epoch = len(loader)
     updates = recipe.updates or recipe.epochs * per_epoch
     epochs = math.ceil(updates / per_epoch)
-    step = Step(model, plan, recipe)
+    step = Step(model, plan, recipe, runtime.compile)
     now = Progress()
     if state:
         step.load_state_dict(state)
@@ -153,8 +153,8 @@ def train(
             }
             if (epoch + 1) % recipe.eval_every == 0 or now.update == updates:
                 rule = cfg.protocol.running_statistics
-                with step.autocast, distributed.evaluated(model, rule):
-                    row |= evaluate(model, loader.test(runtime.eval_batch))
+                with step.autocast, distributed.evaluated(step.evaluated, rule):
+                    row |= evaluate(step.evaluated, loader.test(runtime.eval_batch))
                 if not math.isfinite(row["test_loss"]):
                     now.diverged_at = now.update
                     break

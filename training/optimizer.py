@@ -40,6 +40,18 @@ def sgd(model: nn.Module, recipe: Any, lr: float) -> torch.optim.SGD:
     )
 
 
+def adamw(model: nn.Module, recipe: Any, lr: float) -> torch.optim.AdamW:
+    """Adam with decoupled weight decay (arXiv 1711.05101): each step takes lr * weight_decay *
+    weight from a weight."""
+    groups = parameter_groups(model, recipe)
+    return torch.optim.AdamW(groups, lr=lr, betas=tuple(recipe.betas), fused=True)
+
+
+def build(model: nn.Module, recipe: Any, lr: float) -> torch.optim.Optimizer:
+    """The one of `recipe.optimizer`."""
+    return {"sgd": sgd, "adamw": adamw}[recipe.optimizer](model, recipe, lr)
+
+
 def learning_rate(update: int, updates: int, peak: float, recipe: Any) -> float:
     """For update 0, 1, … of `updates`: a linear rise, then the schedule from `peak` down."""
     warmup = round(recipe.warmup * updates)

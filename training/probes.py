@@ -59,7 +59,8 @@ class Probe:
             for name, layer in self.layers.items()
         ]
         try:
-            yield
+            with torch.compiler.set_stance("force_eager"):  # compiled code would pass hooks by
+                yield
         finally:
             for hook in hooks:
                 hook.remove()

@@ -48,4 +48,10 @@ def plan(cfg: DictConfig) -> Plan:
             f"protocol.forward={forward}: expected a multiple of batch={batch} that divides the "
             f"{share} images of an optimizer step on one device"
         )
+    for key in ("mixup", "cutmix"):
+        if recipe.get(key) and share % 2:
+            raise ValueError(
+                f"recipe.{key}={recipe[key]}: mixes the images of an optimizer step on one device "
+                f"in pairs, and there are {share}; expected an even number"
+            )
     return Plan(batch, sgd_batch, devices, forward, recipe.lr * sgd_batch / recipe.lr_batch)

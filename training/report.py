@@ -19,6 +19,12 @@ def model_name(cfg: DictConfig) -> str:
     return f"{cfg.model.library}/{cfg.model.name}" if cfg.model.library else cfg.model.name
 
 
+def channels_last(model: nn.Module) -> bool:
+    """Whether its convolutions' weights lie so in memory."""
+    maps = [p for p in model.parameters() if p.dim() == 4 and not p.is_contiguous()]
+    return any(p.is_contiguous(memory_format=torch.channels_last) for p in maps)
+
+
 def parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
@@ -37,6 +43,14 @@ def describe(
     length = f"{recipe.updates} updates" if recipe.updates else f"{recipe.epochs} epochs of"
     length += f", an epoch has {per_epoch}" if recipe.updates else f" {per_epoch} updates"
     left = f", leaving out {loader.left_out} images" if loader.left_out else ""
+    extras = {f"{key} {recipe[key]:g}": recipe[key] for key in ("clip", "mixup", "cutmix")} | {
+        "adamw": recipe.optimizer == "adamw",
+        f"evaluated is the weights' moving average ({recipe.ema:g})": recipe.ema,
+        "compiled": cfg.runtime.compile,
+        "channels last in memory": channels_last(model),
+    }
+    also = ", ".join(text for text, there in extras.items() if there)
+    also = f"  {also}\n" if also else ""
     on = f"{torch.get_num_threads()} threads" if device.type == "cpu" else ""
     if device.type == "cuda":
         on = torch.cuda.get_device_name(device)
@@ -45,6 +59,7 @@ def describe(
         f"({cfg.protocol.name}: {how})\n"
         f"  learning rate {plan.lr:g} = {recipe.lr:g} x {plan.sgd_batch} / {recipe.lr_batch}, "
         f"{recipe.schedule}; {length}{left}\n"
+        f"{also}"
         f"  {model_name(cfg)} with {parameters(model):,} parameters on {cfg.data.name}: "
         f"{len(loader.labels):,} training, {len(loader.test_labels):,} test images; "
         f"{device.type}{', ' if on else ''}{on}"
@@ -111,8 +126,10 @@ def result(
         "test_loss": last.get("test_loss"),
         "study": cfg.study,
         **hyperparameters(cfg, plan),
+        "debug": cfg.debug.name if cfg.get("debug") else None,
         "forward": plan.forward,
         "devices": plan.devices,
+        "ema": cfg.recipe.ema,
         "epochs": now.update / len(loader),
         "updates": now.update,
         "parameters": parameters(model),
@@ -126,6 +143,8 @@ def result(
         "wall_seconds": now.wall_seconds,
         "peak_memory_bytes": memory,
         "threads": torch.get_num_threads(),
+        "compiled": cfg.runtime.compile,
+        "channels_last": channels_last(model),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "versions": versions(),
     }

@@ -6,8 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from training import distributed
-from training.optimizer import sgd
+from training import distributed, optimizer
 from training.protocol import Plan
 
 
@@ -15,19 +14,35 @@ class Step:
     """`step(images, labels, lr)`: forward and backward over this process's part of the SGD batch,
     `plan.forward` images at a time, and one update of the weights.
 
-    Returns the mean loss of that part and how many answers are right, both still on the device.
+    `labels`: (S,) classes, or (S, classes) shares of mixed images, whose right answer is the class
+    with the largest. Returns the mean loss of that part and how many answers are right, both still
+    on the device.
     """
 
-    def __init__(self, model: nn.Module, plan: Plan, recipe: Any):
+    def __init__(self, model: nn.Module, plan: Plan, recipe: Any, compiled: bool = False):
         self.model, self.plan, self.recipe = model, plan, recipe
+        self.network: Any = model  # what computes, with the weights of `model`
+        if compiled:
+            torch.compiler.reset()  # an earlier run's code of this process does not fit
+            self.network = torch.compile(model, dynamic=False)
         self.device = next(model.parameters()).device
         half = torch.float16 if recipe.precision == "float16" else torch.bfloat16
         self.autocast = torch.autocast(
             self.device.type, half, enabled=recipe.precision != "float32"
         )
-        self.optimizer = sgd(model, recipe, plan.lr)
+        self.optimizer = optimizer.build(model, recipe, plan.lr)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=recipe.precision == "float16")
         self.gradients = distributed.flat_gradients(model)
+        self.average: Any = None
+        if recipe.ema:
+            from timm.utils import ModelEmaV3  # two seconds
+
+            self.average = ModelEmaV3(model, recipe.ema)
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """The network whose accuracy counts."""
+        return self.average.module if self.average else self.model
 
     def __call__(self, images: Tensor, labels: Tensor, lr: float) -> tuple[Tensor, Tensor]:
         for group in self.optimizer.param_groups:
@@ -37,29 +52,36 @@ class Step:
         passes = zip(images.split(self.plan.forward), labels.split(self.plan.forward), strict=True)
         for x, y in passes:
             with self.autocast:
-                logits = self.model(x)
+                logits = self.network(x)
             part = F.cross_entropy(
                 logits.float(), y, label_smoothing=self.recipe.label_smoothing
             ) * (len(y) / len(labels))
             self.scaler.scale(part).backward()
             loss += part.detach()
-            correct += (logits.argmax(1) == y).sum()
+            correct += (logits.argmax(1) == (y if y.ndim == 1 else y.argmax(1))).sum()
         for gradients in self.gradients:
             distributed.total(gradients).div_(self.plan.devices)
+        if self.recipe.clip:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip)
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        if self.average:
+            self.average.update(self.model)
         return loss, correct
 
     def state_dict(self) -> dict[str, Any]:
         """Its part of a checkpoint; of the other processes, what is their own."""
-        _, *others = distributed.gather(
-            {"buffers": dict(self.model.named_buffers()), **self.rng()}
-        ) or [0]
+        own = {"buffers": dict(self.model.named_buffers()), **self.rng()}
+        if self.average:
+            own["ema"] = dict(self.evaluated.named_buffers())
+        _, *others = distributed.gather(own) or [0]
         return {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             **self.rng(),
+            **({"ema": self.evaluated.state_dict()} if self.average else {}),
             **({"others": others} if others else {}),
         }
 
@@ -78,10 +100,17 @@ class Step:
             )
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
+        for parameter, values in self.optimizer.state.items():  # fused steps need one layout
+            for key, value in values.items():
+                if isinstance(value, Tensor) and value.shape == parameter.shape:
+                    values[key] = torch.empty_like(parameter).copy_(value)
+        if self.average:
+            self.evaluated.load_state_dict(state["ema"])
         if state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
         own = others[distributed.rank() - 1] if distributed.rank() else state
         self.model.load_state_dict(own.get("buffers", {}), strict=False)
+        self.evaluated.load_state_dict(own.get("ema", {}), strict=False)
         torch.set_rng_state(own["rng"][0])
         if self.device.type == "cuda" and len(own["rng"]) > 1:
             torch.cuda.set_rng_state(own["rng"][1], self.device)
