@@ -41,7 +41,11 @@ def main(cfg: DictConfig) -> float | None:
     config.check_precision(cfg, scheme.loss_scaling)
     torch.manual_seed(cfg.seed)
     model = models.build(
-        **cfg.model, scheme=scheme, num_classes=source.num_classes, in_channels=source.channels
+        **cfg.model,
+        scheme=scheme,
+        num_classes=source.num_classes,
+        in_channels=source.channels,
+        say=say,
     )
     probe = probes.build(**cfg.probe, model=model, batch=plan.batch)
     shape = (plan.forward, source.channels, source.size, source.size)
@@ -62,7 +66,7 @@ def main(cfg: DictConfig) -> float | None:
         )
         layout = device.memory_format(where, cfg.runtime.channels_last, scheme.channels_last)
         model.to(where).to(memory_format=layout)
-        if scheme.initialize and state is None:
+        if scheme.initialize and state is None and not getattr(model, "complete", False):
             scheme.initialize(model, loader.sample(128))
         distributed.equal(model)
 

@@ -55,7 +55,7 @@ def tree(root: str | None, size: int, resize: int, complete: bool = True) -> Sou
             f"validation images; ImageNet has {CLASSES:,}, {TRAIN:,} and {VAL:,}; "
             f"data.complete=false takes what is there"
         )
-    return Source(len(train), 3, size, len(splits[0]), True, lambda: splits)
+    return Source(len(train), 3, size, len(splits[0]), True, lambda: splits, train)
 
 
 def _classes(part: Path) -> list[str]:

@@ -8,7 +8,7 @@ import hashlib
 import os
 import zipfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +35,8 @@ class Source:
     """Whether a mirrored image keeps its class."""
     read: Callable[[], tuple[Any, Any]]
     """Training and test images: two of `Split`, or of `Files`."""
+    classes: list[str] = field(default_factory=list)
+    """Their names, as far as they are known before it is read, or then."""
 
 
 def digits() -> Source:
@@ -49,7 +51,7 @@ def digits() -> Source:
         everything = Split(torch.from_numpy(images), torch.from_numpy(labels).long())
         return stratified(everything, 0.8, salt=0)
 
-    return Source(10, 1, 8, 1438, False, read)
+    return Source(10, 1, 8, 1438, False, read, [str(digit) for digit in range(10)])
 
 
 def synthetic(
@@ -83,6 +85,8 @@ def cifar(name: str, root: str | None, cache: str) -> Source:
             )
         return source
 
+    names: list[str] = []
+
     def read() -> tuple[Split, Split]:
         from torchvision import datasets
 
@@ -97,12 +101,13 @@ def cifar(name: str, root: str | None, cache: str) -> Source:
                     f"{kind.filename} there, or name a tree of train/<class> and test/<class> "
                     f"images with data.root=PATH; data=digits needs nothing"
                 ) from error
+            names[:] = data.classes
             images = torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous()
             return Split(images, torch.tensor(data.targets))
 
         return part(True), part(False)
 
-    return Source(classes, 3, 32, 50_000, True, read)
+    return Source(classes, 3, 32, 50_000, True, read, names)
 
 
 def folder(root: str | None, size: int, cache: str, name: str = "folder") -> Source:
@@ -131,7 +136,7 @@ def folder(root: str | None, size: int, cache: str, name: str = "folder") -> Sou
         train, held = (_read(part, f, size, Path(str(cache)).expanduser()) for part, f in parts)
         return train, held
 
-    return Source(len(classes), 3, size, len(parts[0][1]), True, read)
+    return Source(len(classes), 3, size, len(parts[0][1]), True, read, classes)
 
 
 def _list(tree: Path, classes: list[str]) -> list[tuple[Path, int]]:

@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import norms
+from models import weights as pretrained
 from models.resnet import ORDERS, BasicBlock, Bottleneck, ResNet
 from norms import Scheme
 
@@ -70,13 +72,17 @@ def build(
     library: str | None = None,
     block: str = "auto",
     zero_init: bool | str = "auto",
+    weights: Any = None,
+    say: Callable[[str], None] = print,
 ) -> nn.Module:
     """The network `name` with the layers of `scheme`: (N, in_channels, H, W) -> (N, num_classes).
 
     `block`: the order in a residual block, one of `ORDERS`; "auto": as the scheme's paper.
     `zero_init`: whether the last norm of each branch starts at zero; "auto" likewise.
     `library`: "timm" or "torchvision", whose network is then converted and keeps its own order and
-    start. Raises `ValueError` for anything unknown.
+    start. `weights`: a file, a run's folder, or the name of the library's pretrained ones (timm:
+    True or a tag), to start from; what of them is taken over is told to `say`. Raises `ValueError`
+    for anything unknown.
     """
     if block not in ("auto", *ORDERS):
         raise ValueError(f"model.block={block}: expected auto, {', '.join(ORDERS)}")
@@ -88,18 +94,25 @@ def build(
                 raise ValueError(
                     f"model.{key}={value}: a network of {library} keeps its own; expected auto"
                 )
-        return norms.convert(_host(library, name, num_classes, in_channels), scheme)
-    check_name(name, list(NETWORKS))
-    model = ResNet(
-        scheme,
-        num_classes,
-        in_channels,
-        block=scheme.block if block == "auto" else block,
-        zero_init=scheme.zero_init if zero_init == "auto" else bool(zero_init),
-        **NETWORKS[name],
-    )
-    if scheme.check:
-        scheme.check(model)
+        host = _host(library, name, num_classes, in_channels)
+        plain = host.state_dict()
+        model = norms.convert(host, scheme)
+    else:
+        check_name(name, list(NETWORKS))
+        order = scheme.block if block == "auto" else block
+        make: Callable[..., ResNet] = partial(ResNet, block=order, **NETWORKS[name])
+        zeros = scheme.zero_init if zero_init == "auto" else bool(zero_init)
+        model = make(scheme, num_classes, in_channels, zero_init=zeros)
+        if scheme.check:
+            scheme.check(model)
+    if weights is None:
+        return model
+    state = pretrained.find(weights, library, name, in_channels)
+    if not library:
+        with torch.device("meta"):
+            plain = make(norms.build("bn"), num_classes, in_channels, zero_init=False).state_dict()
+    what = f"model.weights={weights}"
+    model.complete = pretrained.load(model, plain, state, num_classes, what, say)  # type: ignore[assignment]
     return model
 
 

@@ -76,13 +76,12 @@ class Row:
 
 
 def network(cfg: DictConfig, plan: protocol.Plan, classes: int, channels: int) -> Any:
-    """The scheme and the network of a run, on the device of the context."""
+    """The scheme and the untrained network of a run, on the device of the context."""
     options = {k: v for k, v in cfg.norm.items() if k != "name"}
-    sizes = dict(batch_size=plan.batch, sgd_batch_size=plan.sgd_batch)
+    sizes = dict(batch_size=plan.batch, sgd_batch_size=plan.share)
     scheme = norms.build(cfg.norm.name, **sizes, **options)
-    return scheme, models.build(
-        **cfg.model, scheme=scheme, num_classes=classes, in_channels=channels
-    )
+    keys = {**cfg.model, "weights": None}
+    return scheme, models.build(**keys, scheme=scheme, num_classes=classes, in_channels=channels)
 
 
 def shape_of_data(cfg: DictConfig, plan: protocol.Plan) -> tuple[int, int, int, int]:

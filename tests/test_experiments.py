@@ -4,13 +4,16 @@ the papers, and their opening comments against results/published.yaml."""
 import functools
 import itertools
 import json
+import math
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
+from PIL import Image
 
 import norms
 from scripts.docs import methods
@@ -446,3 +449,59 @@ def test_data_that_is_not_there_is_told_once(train):
     assert "data.root=/nowhere: does not exist" in told[0]
     assert "3 of these runs failed" in told[1]
     assert not list(made.runs.glob("*/*/*.pt"))
+
+
+# --- ImageNet's presets on photographs
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory):
+    """A tree as ImageNet's: 256 training and 4 validation images of two classes, JPEGs of some
+    sizes. The training images are few files under many names, as only their number matters."""
+    root = tmp_path_factory.mktemp("imagenet")
+    rng = np.random.default_rng(0)
+    for part, count in (("train", 128), ("val", 2)):
+        for name in ("n01440764", "n01443537"):
+            place = root / part / name
+            place.mkdir(parents=True)
+            for i in range(count):
+                file = place / f"{name}_{i}.JPEG"
+                if i < 4:
+                    pixels = rng.integers(0, 256, (6, 8, 3), dtype=np.uint8)
+                    size = tuple(rng.integers(20, 60, 2).tolist())
+                    Image.fromarray(pixels).resize(size).save(file)
+                else:
+                    file.hardlink_to(place / f"{name}_{i % 4}.JPEG")
+    return root
+
+
+# Of the tables over batch sizes three of five columns, for time: MABN's windows
+# are then of 16, 4 and 1 batches (of 8 and 2 in the others). BCN has ImageNet's stem and widths.
+BATCHES = ("2", "8", "32")
+PHOTOGRAPHS = {
+    "gn_imagenet": ["model=resnet8", "batch=" + ",".join(BATCHES)],
+    "mabn_imagenet": ["model=resnet8", "batch=" + ",".join(BATCHES)],
+    "ws_imagenet": ["model=resnet8"],
+    "bcn_imagenet": ["model=resnet18"],
+    "pws_imagenet": ["model=resnet8"],
+}
+
+
+@pytest.mark.parametrize("preset", PHOTOGRAPHS)
+def test_imagenets_presets_run_on_photographs(train, photographs, preset):
+    """The sweep as it stands but for the network and the pixels, every cell an update long."""
+    words = ["-m", f"experiment={preset}", f"data.root={photographs}", "data.complete=false"]
+    words += ["data.size=16", "data.resize=18", "data.workers=0", "recipe.updates=1"]
+    done = train(*words, *PHOTOGRAPHS[preset], quick=False)
+    assert done.status == 0, done.err
+    results = [json.loads(f.read_text()) for f in done.runs.glob(f"{preset}/*/result.json")]
+    found = {(r["norm"], r["batch_size"], r["sgd_batch"], r["status"]) for r in results}
+    expected = set()
+    for words, sgd_batch, _, said in CELLS[preset]:
+        cell = dict(word.split("=") for word in words.split())
+        batch = int(cell.get("batch", said.get("batch", 0)))
+        if cell.get("batch", "2") in BATCHES:
+            expected.add((cell["norm"], batch, sgd_batch, "finished"))
+    assert found == expected
+    assert len(results) == len(expected)
+    assert all(math.isfinite(r["test_loss"]) and r["test_images"] == 4 for r in results)
