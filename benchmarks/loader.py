@@ -263,7 +263,7 @@ def run(args: argparse.Namespace, root: Path) -> None:
     keys = ("workers", "batch", "rounds")
     options = " ".join(f"--{key} {getattr(args, key)}" for key in (*keys, "threads"))
     packages = {name: version(name) for name in ("torchvision", "timm", "pillow")}
-    result = {
+    result: dict[str, Any] = {
         "command": f"python benchmarks/loader.py FOLDER {options}",
         "environment": environment(torch.device("cpu")) | packages,
         "setting": {"photographs": len(files), "size": SIZE} | {k: getattr(args, k) for k in keys},

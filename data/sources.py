@@ -142,11 +142,9 @@ def folder(
         )
 
     def read() -> tuple[Any, Any]:
-        if stay:
-            train, held = (_stay(part, files) for part, files in parts)
-        else:
-            train, held = (_read(part, f, size, Path(str(cache)).expanduser()) for part, f in parts)
-        return train, held
+        kept = Path(str(cache)).expanduser()
+        one, other = (_stay(*p) if stay else _read(*p, size, kept) for p in parts)
+        return one, other
 
     return Source(len(classes), 3, size, len(parts[0][1]), True, read)
 
