@@ -89,7 +89,7 @@ def timm(root: Path, batch: int, workers: int, prefetcher: bool) -> Callable[[in
         batch,
         is_training=True,
         use_prefetcher=prefetcher,
-        color_jitter=None,
+        color_jitter=None,  # type: ignore[arg-type]  # off; 0 would still call it
         interpolation="bilinear",
         mean=MEAN,
         std=STD,
