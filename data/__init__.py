@@ -30,9 +30,13 @@ def find(config: Any, sgd_batch: int, recipe: Any) -> Source:
         keys = ("size", "classes", "channels", "train_images", "test_images")
         source = synthetic(**{key: config[key] for key in keys})
     elif config.name == "folder":
-        source = folder(config.root, config.size, config.cache)
+        stay = recipe.crop in CROPS
+        if stay and config.resize is not None:
+            check_resize(config.resize, config.size)
+        source = folder(config.root, config.size, config.cache, stay=stay)
     elif config.name == "imagenet":
-        source = imagenet.tree(config.root, config.size, config.resize, config.complete)
+        check_resize(config.resize, config.size)
+        source = imagenet.tree(config.root, config.size, config.complete)
     else:
         source = cifar(config.name, config.root, config.cache)
     if recipe.flip and not source.mirror:
@@ -47,13 +51,13 @@ def find(config: Any, sgd_batch: int, recipe: Any) -> Source:
 
 def check_recipe(name: str, recipe: Any) -> None:
     """Raise `ValueError` for an augmentation that the data set `name` does not have."""
-    if name == "imagenet":
-        if recipe.crop not in CROPS:
-            raise ValueError(
-                f"recipe.crop={recipe.crop}: data=imagenet has photographs of all sizes; expected "
-                f"{' or '.join(CROPS)} (recipe=imagenet has the first)"
-            )
+    if recipe.crop in CROPS and name in ("imagenet", "folder"):
         return
+    if name == "imagenet":
+        raise ValueError(
+            f"recipe.crop={recipe.crop}: data=imagenet has photographs of all sizes; expected "
+            f"{' or '.join(CROPS)} (recipe=imagenet has the first)"
+        )
     if recipe.crop in CROPS:
         raise ValueError(
             f"recipe.crop={recipe.crop}: data={name} has images of one size; expected the pixels "
@@ -62,9 +66,14 @@ def check_recipe(name: str, recipe: Any) -> None:
     for key, plain in (("lighting", 0.0), ("pixels", "standardized")):
         if recipe.get(key, plain) != plain:
             raise ValueError(
-                f"recipe.{key}={recipe[key]}: is for data=imagenet; expected {plain} with "
-                f"data={name}"
+                f"recipe.{key}={recipe[key]}: is for photographs that are read from disk (by "
+                f"recipe.crop={' or '.join(CROPS)}); expected {plain} with data={name}"
             )
+
+
+def check_resize(resize: int, size: int) -> None:
+    if resize < size:
+        raise ValueError(f"data.resize={resize}: expected at least data.size={size}")
 
 
 def read(source: Source, config: Any) -> tuple[Any, Any]:
@@ -115,7 +124,8 @@ def load(
     if isinstance(train, Split):
         loader = Loader(train, test, sgd_batch, seed, keys["crop"], keys["flip"], **own)
     else:
-        keys |= {key: config[key] for key in ("size", "resize", "workers", "on_error")}
+        keys |= {key: config[key] for key in ("size", "workers", "on_error")}
+        keys["resize"] = round(config.size * 8 / 7) if config.resize is None else config.resize
         loader = Stream(train, test, sgd_batch, seed, say=say, **own, **keys)
     if (recipe.mixup or recipe.cutmix) and not few:
         return Mixed(loader, recipe.mixup, recipe.cutmix, source.num_classes, seed, share[0])

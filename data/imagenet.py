@@ -9,20 +9,19 @@ import torch
 from data.sources import EXTENSIONS, Source
 from data.splits import Files
 
+ARCHIVES = {part: f"ILSVRC2012_img_{part}.tar" for part in ("train", "val")}
 CLASSES, TRAIN, VAL = 1000, 1_281_167, 50_000
 ENDINGS = tuple(EXTENSIONS)
 EXPECTED = "expected train/<wnid>/*.JPEG and val/<wnid>/*.JPEG in it"
 
 
-def tree(root: str | None, size: int, resize: int, complete: bool = True) -> Source:
+def tree(root: str | None, size: int, complete: bool = True) -> Source:
     """The tree at `root`, train/<class>/<image> beside val/<class>/<image>, for crops of `size`.
 
     Classes are numbered in the order of their names, as in torchvision and published weights.
     Opens no image. Raises `FileNotFoundError` or `ValueError` if the tree is not there, its parts
     do not match, or, if `complete`, classes or images are not as many as ImageNet has.
     """
-    if resize < size:
-        raise ValueError(f"data.resize={resize}: expected at least data.size={size}")
     if root is None:
         raise ValueError(f"data.root=null: data=imagenet needs the path of a folder; {EXPECTED}")
     path = Path(str(root)).expanduser()
@@ -31,6 +30,8 @@ def tree(root: str | None, size: int, resize: int, complete: bool = True) -> Sou
             kaggle = path / "ILSVRC" / "Data" / "CLS-LOC"
             found = "does not exist" if part == path else f"has no folder {part.name}/"
             meant = f"did you mean data.root={kaggle}? " if kaggle.is_dir() else ""
+            if any((path / archive).exists() for archive in ARCHIVES.values()):
+                meant = f"python scripts/prepare_imagenet.py {root} unpacks its archives; "
             raise FileNotFoundError(f"data.root={root}: {found}; {meant}{EXPECTED}")
     train, val = (_classes(path / part) for part in ("train", "val"))
     if not val:

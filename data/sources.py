@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from data.splits import Split, stratified
+from data.splits import Files, Split, stratified
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -110,9 +110,14 @@ def cifar(name: str, root: str | None, cache: str) -> Source:
     return Source(classes, 3, 32, 50_000, True, read, names)
 
 
-def folder(root: str | None, size: int, cache: str, name: str = "folder") -> Source:
-    """Any tree of images, root/train/<class>/... beside root/test/ or root/val/: RGB, the short
-    side scaled to `size` and the centre cut out, kept in `cache` as one array per split."""
+def folder(
+    root: str | None, size: int, cache: str, name: str = "folder", stay: bool = False
+) -> Source:
+    """Any tree of images, root/train/<class>/... beside root/test/ or root/val/: RGB, upright.
+
+    The short side scaled to `size` and the centre cut out, kept in memory, and in `cache` as one
+    array per split. If `stay`, the images stay on disk, of any size, to be read one by one.
+    """
     if root is None:
         raise ValueError(f"data.root=null: data={name} needs the path of a folder with images")
     path = Path(str(root)).expanduser()
@@ -132,9 +137,19 @@ def folder(root: str | None, size: int, cache: str, name: str = "folder") -> Sou
         )
     parts = [(part, _list(part, classes)) for part in (path / "train", test)]
 
-    def read() -> tuple[Split, Split]:
-        train, held = (_read(part, f, size, Path(str(cache)).expanduser()) for part, f in parts)
-        return train, held
+    needed = sum(len(files) for _, files in parts) * 3 * size**2
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if not stay and needed > 0.8 * memory:
+        raise ValueError(
+            f"data.root={root}: its images take {needed / 2**30:,.0f} GiB of memory at "
+            f"data.size={size}, this machine has {memory / 2**30:,.0f}; recipe=imagenet reads them "
+            f"from disk as they are needed"
+        )
+
+    def read() -> tuple[Any, Any]:
+        kept = Path(str(cache)).expanduser()
+        one, other = (_stay(*p) if stay else _read(*p, size, kept) for p in parts)
+        return one, other
 
     return Source(len(classes), 3, size, len(parts[0][1]), True, read, classes)
 
@@ -145,11 +160,16 @@ def _list(tree: Path, classes: list[str]) -> list[tuple[Path, int]]:
         (file, label)
         for label, name in enumerate(classes)
         for file in sorted((tree / name).rglob("*"))
-        if file.suffix.lower() in EXTENSIONS and (file.is_file() or file.is_symlink())
+        if file.suffix.lower() in EXTENSIONS and not file.name.startswith(".") and file.is_file()
     ]
     if not files:
         raise FileNotFoundError(f"data.root: {tree} holds no images ({', '.join(EXTENSIONS)})")
     return files
+
+
+def _stay(tree: Path, files: list[tuple[Path, int]]) -> Files:
+    names = np.array([os.fsencode(file.relative_to(tree)) for file, _ in files])
+    return Files(tree, names, torch.tensor([label for _, label in files]), upright=True)
 
 
 def _read(tree: Path, files: list[tuple[Path, int]], size: int, cache: Path) -> Split:

@@ -1,7 +1,7 @@
 """Images with labels, and stratified parts of them."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -26,7 +26,8 @@ class Split:
 
 @dataclass(frozen=True)
 class Files:
-    """Images that stay on disk. `names`: (N,) bytes, paths below `root`; `labels`: (N,) int64.
+    """Images that stay on disk. `names`: (N,) bytes, paths below `root`; `labels`: (N,) int64;
+    `upright`: whether they are turned as EXIF says.
 
     An array of bytes and not a list of texts: a million names are a single copy for each worker.
     """
@@ -34,12 +35,13 @@ class Files:
     root: Path
     names: np.ndarray
     labels: Tensor
+    upright: bool = False
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def take(self, index: Tensor) -> "Files":
-        return Files(self.root, self.names[index.numpy()], self.labels[index])
+        return replace(self, names=self.names[index.numpy()], labels=self.labels[index])
 
     def path(self, index: int) -> Path:
         return self.root / os.fsdecode(self.names[index])

@@ -58,10 +58,10 @@ def _jpeg_decoder() -> Any:
         return None
 
 
-def decode(file: Path) -> Tensor:
-    """(3, H, W) uint8, RGB whatever the file's mode and format, as stored: EXIF's orientation is
-    ignored, as everywhere with ImageNet. Raises `ValueError` for a file that cannot be read."""
-    from PIL import Image, UnidentifiedImageError
+def decode(file: Path, upright: bool = False) -> Tensor:
+    """(3, H, W) uint8, RGB whatever the file's mode and format, as stored or, if `upright`, as
+    EXIF's orientation shows it. Raises `ValueError` for a file that cannot be read."""
+    from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
         content = np.fromfile(file, np.uint8)
@@ -70,13 +70,14 @@ def decode(file: Path) -> Tensor:
         decoder = _jpeg_decoder()
         if decoder and bytes(content[:2]) == b"\xff\xd8":
             try:
-                return decoder(torch.from_numpy(content), 3, False)  # 3: RGB
+                return decoder(torch.from_numpy(content), 3, upright)  # 3: RGB
             except RuntimeError:
                 pass  # PIL can read it, or says better what is wrong
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of damaged metadata, which nobody looks at
             with Image.open(file) as image:
-                return torch.from_numpy(np.array(rgb(image))).permute(2, 0, 1)
+                shown = ImageOps.exif_transpose(image) if upright else image
+                return torch.from_numpy(np.array(rgb(shown))).permute(2, 0, 1)
     except Exception as error:  # a damaged file can end in about any
         # Its text: this frame would keep the error, and that in turn all frames and the workers.
         what = "not an image" if isinstance(error, UnidentifiedImageError) else str(error)
@@ -167,7 +168,7 @@ class Photographs:
             # In training the next image takes an unreadable one's place: SGD batches are full.
             for i in range(first, first + (TRIES if epoch is not None else 1)):
                 try:
-                    image = decode(files.path(i % len(files)))
+                    image = decode(files.path(i % len(files)), files.upright)
                 except ValueError as error:
                     unread.append(str(error))
                     if self.skip:
@@ -189,7 +190,9 @@ class Photographs:
         height, width = image.shape[1:]
         window = cut(image, CROPS[str(self.crop)](width, height, rng))
         window = scale(window, self.size, self.size)
-        shift = COLOURS @ rng.normal(0, 1, 3) * (255 * self.lighting)
+        shift = np.zeros(3)
+        if self.lighting:
+            shift = COLOURS @ rng.normal(0, 1, 3) * (255 * self.lighting)
         return window.flip(2) if mirror else window, torch.from_numpy(shift)
 
 
@@ -301,25 +304,35 @@ class Stream:
         order = np.random.default_rng([self.seed, epoch]).permutation(len(self.labels))
         order = order[start * self.sgd_batch : len(self) * self.sgd_batch]
         order = portion(order, self.sgd_batch, self.share)
-        return regroup(self.read("train", epoch, order), self.sgd_batch // self.share[1])
+        return self.batches(self.read("train", epoch, order), self.sgd_batch // self.share[1])
 
     def test(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """All test images in order, at most `size` at a time."""
         part, parts = self.share
         order = np.array_split(np.arange(len(self.test_labels)), parts)[part]
-        return regroup(self.read("test", None, order), size)
+        return self.batches(self.read("test", None, order), size)
 
     def sample(self, count: int) -> Tensor:
         """The first `count` training images of epoch 0 as in evaluation, whatever the batch."""
         order = np.random.default_rng([self.seed, 0]).permutation(len(self.labels))[:count]
         images, _, colours, _ = block = self.photographs["train", None, order]
         self.check(block, 1)
-        return self.normalize(images, colours)
+        return self.normalize(images.to(self.device), colours.to(self.device))
+
+    def batches(
+        self, blocks: Iterable[tuple[Tensor, ...]], size: int
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """`size` images at a time; the bytes of large batches are put together, not the floats, and
+        small ones are normalized together."""
+        for images, colours, labels in regroup(blocks, max(size, BLOCK // size * size)):
+            pixels = self.normalize(images, colours)
+            yield from zip(pixels.split(size), labels.split(size), strict=True)
 
     def read(
         self, split: str, epoch: int | None, order: np.ndarray
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """The images `order` of a split, some at a time, with their labels, on the device."""
+    ) -> Iterator[tuple[Tensor, ...]]:
+        """The images `order` of a split, some at a time: bytes, what is to be added to their
+        colours, labels; all on the device."""
         self.jobs.now = [(split, epoch, order[i : i + BLOCK]) for i in range(0, len(order), BLOCK)]
         self.turn += 1
         turn, labels = self.turn, self.labels if split == "train" else self.test_labels
@@ -331,7 +344,8 @@ class Stream:
                 images, index, colours, failed = block
                 self.check(block, len(wanted[2]) if split == "train" else 0)
                 unread += failed
-                yield self.normalize(images, colours), labels[index].to(self.device)
+                on_device = images.to(self.device, non_blocking=True)
+                yield on_device, colours.to(self.device), labels[index].to(self.device)
             if split == "test" and 0 < len(unread) == len(order):
                 raise ValueError(f"none of the images can be read; the first: {unread[0]}")
         except RuntimeError as error:
@@ -360,30 +374,32 @@ class Stream:
 
     def normalize(self, images: Tensor, colours: Tensor) -> Tensor:
         """Bytes, and what is to be added to their colours, to the network's float32."""
-        images = images.to(self.device, non_blocking=True)
-        images = images.to(torch.float32, memory_format=torch.contiguous_format)
-        if self.lighting:
-            colours = colours.to(self.device, non_blocking=True)
-            images = (images + colours[:, :, None, None]).clamp(0, 255).floor()
         if self.reversed:
-            images = images.flip(1)
-        return images * self.scale + self.shift
+            images, colours = images.flip(1), colours.flip(1)
+        pixels = torch.empty(images.shape, device=self.device)
+        # A processor takes an image at a time, which stays in its cache.
+        at_once = 1 if self.device.type == "cpu" else len(images)
+        parts = (x.split(at_once) for x in (colours, images, pixels))
+        for shift, part, out in zip(*parts, strict=True):
+            out.copy_(part)
+            if self.lighting:
+                out.add_(shift[:, :, None, None]).clamp_(0, 255).floor_()
+            out.mul_(self.scale).add_(self.shift)
+        return pixels
 
 
-def regroup(blocks: Iterable[tuple[Tensor, Tensor]], size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """The same images in the same order, `size` at a time; the last may be fewer."""
-    held: list[tuple[Tensor, Tensor]] = []
+def regroup(blocks: Iterable[tuple[Tensor, ...]], size: int) -> Iterator[tuple[Tensor, ...]]:
+    """The same rows of some tensors in the same order, `size` at a time; the last may be fewer."""
+    held: list[tuple[Tensor, ...]] = []
     for block in blocks:
         held.append(block)
-        count = sum(len(labels) for _, labels in held)
+        count = sum(len(part[0]) for part in held)
         if count >= size:
-            images, labels = (
-                x[0] if len(x) == 1 else torch.cat(x) for x in zip(*held, strict=True)
-            )
             whole = count // size * size
-            yield from zip(images[:whole].split(size), labels[:whole].split(size), strict=True)
-            held = [(images[whole:], labels[whole:])] if whole < count else []
+            joined = [x[0] if len(x) == 1 else torch.cat(x) for x in zip(*held, strict=True)]
+            yield from zip(*(x[:whole].split(size) for x in joined), strict=True)
+            held = [tuple(x[whole:] for x in joined)] if whole < count else []
     if held:
-        images, labels = map(torch.cat, zip(*held, strict=True))
-        if len(labels):
-            yield images, labels
+        rest = tuple(map(torch.cat, zip(*held, strict=True)))
+        if len(rest[0]):
+            yield rest

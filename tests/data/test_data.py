@@ -211,6 +211,22 @@ def test_images_of_other_kinds_and_sizes(tree, tmp_path):
     assert train.images.shape == (11, 3, 8, 8)
 
 
+def test_images_held_in_memory_stand_upright(tree, tmp_path):
+    turned = Image.Exif()
+    turned[0x112] = 6  # to be shown turned to the right
+    left = Image.fromarray(np.repeat(np.uint8([255, 0] * 1), 4)[None].repeat(8, 0)).convert("RGB")
+    left.save(tree / "train" / "cat" / "0.png", exif=turned)
+    first = folder(str(tree), 8, str(tmp_path / "cache")).read()[0].images[0]
+    assert (first[:, :4] == 255).all()  # its left half is above now
+    assert (first[:, 4:] == 0).all()
+
+
+def test_too_many_images_for_memory(tree, tmp_path):
+    with pytest.raises(ValueError, match=r"GiB of memory at data.size=900000, this .*; recipe=ima"):
+        folder(str(tree), 900_000, str(tmp_path))
+    assert folder(str(tree), 900_000, str(tmp_path), stay=True).train_images == 8
+
+
 def test_val_instead_of_test(tree, tmp_path):
     (tree / "test").rename(tree / "val")
     assert len(folder(str(tree), 8, str(tmp_path / "cache")).read()[1]) == 4

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from omegaconf import OmegaConf
-from PIL import Image
+from PIL import Image, ImageOps
 
 import data
 from data import imagenet, stream
@@ -46,7 +46,7 @@ def tree(tmp_path):
 
 
 def opened(tree, sgd_batch=4, seed=0, workers=0, **keys):
-    train, test = imagenet.tree(str(tree), 32, 36, complete=False).read()
+    train, test = imagenet.tree(str(tree), 32, complete=False).read()
     return Stream(train, test, sgd_batch, seed, 32, 36, workers=workers, **keys)
 
 
@@ -61,7 +61,7 @@ def everything(batches):
 def test_a_tree_is_found_and_numbered_by_class(tree):
     (tree / "train" / CLASSES[0] / "._hidden.JPEG").write_bytes(b"")
     (tree / "train" / CLASSES[0] / "notes.txt").write_text("")
-    source = imagenet.tree(str(tree), 32, 36, complete=False)
+    source = imagenet.tree(str(tree), 32, complete=False)
     assert (source.num_classes, source.channels, source.size) == (3, 3, 32)
     train, test = source.read()
     assert (len(train), len(test)) == (45, 18) == (source.train_images, 18)
@@ -102,7 +102,7 @@ TREES = [
 def test_what_is_wrong_with_a_tree_is_said_in_one_line(tree, spoil, message):
     spoil(tree)
     with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
-        imagenet.tree(str(tree), 32, 36, complete=False)
+        imagenet.tree(str(tree), 32, complete=False)
     assert "data.root" in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -110,10 +110,10 @@ def test_what_is_wrong_with_a_tree_is_said_in_one_line(tree, spoil, message):
 def test_other_numbers_than_imagenets_must_be_said(tree, monkeypatch):
     with pytest.raises(ValueError, match=r"3 classes, 45 training and 18 validation .*1,281,167 and"
                                          r" 50,000; data.complete=false takes"):  # fmt: skip
-        imagenet.tree(str(tree), 32, 36)
+        imagenet.tree(str(tree), 32)
     for name, number in (("CLASSES", 3), ("TRAIN", 45), ("VAL", 18)):
         monkeypatch.setattr(imagenet, name, number)
-    assert imagenet.tree(str(tree), 32, 36).train_images == 45
+    assert imagenet.tree(str(tree), 32).train_images == 45
 
 
 def test_kaggles_layout_is_pointed_to(tree):
@@ -121,7 +121,7 @@ def test_kaggles_layout_is_pointed_to(tree):
     place.mkdir(parents=True)
     (tree / "train").rename(place / "train")
     with pytest.raises(FileNotFoundError, match=f"did you mean data.root={place}"):
-        imagenet.tree(str(tree), 32, 36)
+        imagenet.tree(str(tree), 32)
 
 
 # --- order and augmentation
@@ -162,7 +162,7 @@ def test_processes_share_batches_and_test_images(tree):
 
 def test_nothing_of_what_is_skipped_is_read(tree, monkeypatch):
     read = []
-    monkeypatch.setattr(stream, "decode", lambda file: read.append(file) or decode(file))
+    monkeypatch.setattr(stream, "decode", lambda file, _: read.append(file) or decode(file))
     one = opened(tree)
     list(one.train(0))
     whole, read[:] = read.copy(), []
@@ -172,7 +172,7 @@ def test_nothing_of_what_is_skipped_is_read(tree, monkeypatch):
 
 
 def test_an_epoch_mirrors_half_and_cuts_all_kinds_of_windows(tree):
-    files = imagenet.tree(str(tree), 32, 36, complete=False).read()[0]
+    files = imagenet.tree(str(tree), 32, complete=False).read()[0]
     keys = dict(size=24, resize=24, crop="random_resized", lighting=0.0, skip=False)
     plain = Photographs({"train": files}, 0, flip=False, **keys)
     mirrored = Photographs({"train": files}, 0, flip=True, **keys)
@@ -355,6 +355,24 @@ def test_other_modes_and_formats_become_rgb_as_stored(tmp_path):
         assert np.array_equal(decoded.permute(1, 2, 0).numpy(), expected), name
 
 
+@pytest.mark.parametrize("decoder", [True, False])
+def test_upright_is_as_exif_says(tmp_path, monkeypatch, decoder):
+    if not decoder:
+        monkeypatch.setattr(stream, "_jpeg_decoder", lambda: None)
+    image = photograph(np.random.default_rng(2), 60, 40)
+    for orientation in range(1, 9):
+        turned = Image.Exif()
+        turned[0x112] = orientation
+        for kind in ("JPEG", "PNG"):
+            file = tmp_path / f"{orientation}.{kind}"
+            image.save(file, kind, exif=turned)
+            with Image.open(file) as opened:
+                expected = np.array(ImageOps.exif_transpose(opened))
+            found = decode(file, upright=True).permute(1, 2, 0).numpy()
+            assert np.array_equal(found, expected), (orientation, kind)
+            assert decode(file).shape == (3, 40, 60)
+
+
 def test_without_torchvisions_decoder_the_pixels_are_the_same(tree, monkeypatch):
     images, _ = everything(opened(tree).train(0))
     monkeypatch.setattr(stream, "_jpeg_decoder", lambda: None)
@@ -456,6 +474,39 @@ def test_fraction_and_holdout_are_stratified_and_disjoint(tree):
     assert everything(one.test(4))[1].tolist() == held.labels.tolist()
 
 
+def test_a_folder_of_photographs_stays_on_disk(tree):
+    """Nested, upright, called test/ or val/; the recipe's crop says that it is not held."""
+    inner = tree / "train" / CLASSES[0] / "inner"
+    inner.mkdir()
+    turned = Image.Exif()
+    turned[0x112] = 6
+    photograph(np.random.default_rng(3), 80, 40).save(inner / "1.jpg", exif=turned)
+    (tree / "train" / CLASSES[0] / "._1.jpg").write_bytes(b"hidden")
+    own = dict(name="folder", root=str(tree), cache=str(tree / "cache"), size=32, resize=None)
+    own |= dict(workers=0, on_error="raise", train_fraction=1.0, holdout=0.0)
+    cfg = OmegaConf.create(own)
+    source = data.find(cfg, 4, RECIPE)
+    assert (source.train_images, source.num_classes, source.size) == (46, 3, 32)
+    one = data.load(source, cfg, RECIPE, 4, 0)
+    assert isinstance(one, Stream)
+    assert one.photographs.resize == 37  # eight sevenths
+    assert everything(one.train(0))[0].shape == (44, 3, 32, 32)
+    files = one.photographs.splits["train"]
+    index = [files.path(i) for i in range(46)].index(inner / "1.jpg")
+    assert files.upright
+    assert files.labels[index] == 0
+    taken = files.take(torch.tensor([index]))
+    assert decode(taken.path(0), taken.upright).shape == (3, 80, 40)
+    assert not (tree / "cache").exists()
+    with pytest.raises(ValueError, match=r"data.resize=30: expected at least data.size=32"):
+        data.find(OmegaConf.create(own | {"resize": 30}), 4, RECIPE)
+    small = OmegaConf.create(dict(crop=4, flip=True, lighting=0.1))
+    with pytest.raises(ValueError, match=r"recipe.lighting=0.1: is for photographs .*data=folder"):
+        data.find(cfg, 4, small)
+    held = data.load(data.find(cfg, 4, OmegaConf.create(dict(crop=4, flip=True))), cfg, small, 4, 0)
+    assert isinstance(held, data.Loader)
+
+
 def test_more_images_in_a_batch_than_there_are(tree):
     with pytest.raises(ValueError, match=r"sgd_batch=99 .* larger than the data set"):
         data.find(config(tree), 99, RECIPE)
@@ -487,6 +538,13 @@ def test_an_unreadable_image_ends_a_run_in_one_line_and_it_goes_on_without(train
     assert again.status == 0, again.err
     assert "data.on_error=skip: 1 unreadable train images replaced" in again.out
     assert len(list(again.runs.glob("*/*"))) == 1
+
+
+def test_a_run_on_a_folder_of_photographs(train, tree):
+    keys = [k.replace("data=imagenet", "data=folder") for k in KEYS if "complete" not in k]
+    made = train(*keys, "recipe=imagenet", f"data.root={tree}", "data.workers=0", quick=False)
+    assert made.status == 0, made.err
+    assert made.run()
 
 
 def same_end(a, b):

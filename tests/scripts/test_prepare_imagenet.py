@@ -1,9 +1,12 @@
 import io
+import json
 import sys
 import tarfile
 
 import numpy as np
 import pytest
+import torch
+from PIL import Image
 
 from data import imagenet
 from scripts import prepare_imagenet
@@ -74,7 +77,13 @@ def call(monkeypatch, capfd):
     return run
 
 
-@pytest.mark.parametrize("labels", [csv, lines, devkit])
+def torchvisions(root):
+    classes = dict.fromkeys(WNIDS, ("name",))
+    torch.save((classes, [WNIDS[c] for c in TRUTH]), root / "meta.bin")
+    return []
+
+
+@pytest.mark.parametrize("labels", [csv, lines, devkit, torchvisions])
 def test_images_are_sorted_and_counted(root, call, labels):
     """Also where it was interrupted before."""
     done = root / "val" / WNIDS[TRUTH[3]]
@@ -82,7 +91,7 @@ def test_images_are_sorted_and_counted(root, call, labels):
     (root / "val" / "ILSVRC2012_val_00000004.JPEG").rename(done / "ILSVRC2012_val_00000004.JPEG")
     status, out, err = call(root, *labels(root))
     assert (status, err) == (0, "")
-    assert "5 validation images sorted\n  complete: 3 classes, 6 training images" in out
+    assert "5 validation images sorted\n  complete: 3 classes, 6 training images, 6 for" in out
     for i, c in enumerate(TRUTH, 1):
         file = root / "val" / WNIDS[c] / f"ILSVRC2012_val_{i:08d}.JPEG"
         assert file.read_text() == str(i)
@@ -116,6 +125,7 @@ MISTAKES = [
     (lambda root: ["--labels", "none.txt"], "none.txt: does not exist"),
     (short, "3 labels, of 1 wnids; expected 6 of 3"),
     (words, "6 labels, 'tench' among them; expected 6 of 3"),
+    (lambda root: (root / "meta.bin").write_bytes(b"x") and [], "meta.bin: cannot be read"),
     (damaged, "ILSVRC2012_devkit_t12.tar.gz: cannot be read"),
     (stranger, "cat.JPEG: has no label; expected ILSVRC2012_val_<number>.JPEG"),
 ]
@@ -136,3 +146,116 @@ def test_what_is_missing_is_said(root, call):
     status, _, err = call(root, *csv(root))
     assert status == 1
     assert "3 classes, 5 training and 6 validation images; ImageNet has 3, 6 and 6" in err
+
+
+# --- archives
+
+
+def test_archives_are_unpacked_and_an_interruption_costs_nothing(root, call):
+    def tar(folder):
+        buffer = io.BytesIO()
+        with tarfile.open(fileobj=buffer, mode="w") as archive:
+            for file in sorted(folder.iterdir()):
+                archive.add(file, file.name)
+        return buffer.getvalue()
+
+    outer = root / "outer"
+    outer.mkdir()
+    for wnid in WNIDS:
+        (outer / f"{wnid}.tar").write_bytes(tar(root / "train" / wnid))
+    (root / "ILSVRC2012_img_train.tar").write_bytes(tar(outer))
+    (root / "ILSVRC2012_img_val.tar").write_bytes(tar(root / "val"))
+    before = {f.relative_to(root): f.read_bytes() for f in root.glob("*/n*/*.JPEG")}
+    for file in [*root.glob("train/*/*_1.JPEG"), *root.glob("val/*0[1-4].JPEG")]:
+        file.unlink()
+    status, out, err = call(root, *csv(root))
+    assert (status, err) == (0, "")
+    assert "7 images unpacked" in out
+    assert "6 validation images sorted" in out
+    after = {f.relative_to(root): f.read_bytes() for f in root.glob("train/n*/*.JPEG")}
+    assert after == before
+    assert len(list(root.glob("val/*/*.JPEG"))) == 6
+    assert not list(root.rglob("*.tmp"))
+    assert "images unpacked" not in call(root)[1]
+
+
+def test_archives_are_pointed_to(tmp_path):
+    (tmp_path / "ILSVRC2012_img_train.tar").touch()
+    with pytest.raises(FileNotFoundError, match=r"prepare_imagenet.py .* unpacks its archives"):
+        imagenet.tree(str(tmp_path), 32)
+
+
+# --- a smaller copy
+
+
+@pytest.fixture
+def pictures(root):
+    """The tree with images in it: (name, size)."""
+    files = sorted(root.rglob("*.JPEG"))
+    for i, file in enumerate(files):
+        colours = np.arange(48, dtype=np.uint8).reshape(4, 4, 3) * 5
+        size = [(60, 40), (30, 90), (20, 21)][i % 3]
+        Image.fromarray(colours).resize(size).save(file, "PNG" if i == 3 else "JPEG", quality=95)
+    return root
+
+
+def test_a_copy_has_smaller_images_and_goes_on_where_it_stopped(pictures, call, tmp_path):
+    to = tmp_path / "small"
+    keys = (pictures, *csv(pictures), "--resize", 24, "--to", to, "--workers", 1)
+    status, out, err = call(*keys)
+    assert (status, err) == (0, "")
+    assert f"{to}: 12 images with short sides of 24" in out
+    copies = {f.relative_to(to): f for f in to.rglob("*.JPEG")}
+    assert set(copies) == {f.relative_to(pictures) for f in pictures.glob("[tv]*/*/*.JPEG")}
+    for name, file in copies.items():
+        with Image.open(pictures / name) as opened:
+            before = opened.copy()
+        with Image.open(file) as after:
+            short = min(before.size)
+            assert min(after.size) == min(24, short)
+            if short <= 24:
+                assert file.read_bytes() == (pictures / name).read_bytes()
+            else:
+                assert after.format == "JPEG"
+                assert after.size == tuple(int(24 * side / short) for side in before.size)
+                expected = before.convert("RGB").resize(after.size, Image.Resampling.BICUBIC)
+                difference = np.asarray(after).astype(int) - np.asarray(expected)
+                assert abs(difference).mean() < 3
+    assert imagenet.tree(str(to), 24).train_images == 6
+    one, other = sorted(copies.values())[:2]
+    one.unlink()
+    other.write_bytes(b"kept")
+    assert call(*keys)[0] == 0
+    assert one.exists()
+    assert other.read_bytes() == b"kept"
+    assert json.loads((to / "copy.json").read_text())["short_side"] == 24
+    status, _, err = call(*keys[:2], 20, *keys[3:])
+    assert status == 1
+    assert "another copy is there" in err
+
+
+def test_a_copy_names_what_it_cannot_read(pictures, call, tmp_path):
+    bad = pictures / "train" / WNIDS[0] / f"{WNIDS[0]}_0.JPEG"
+    bad.write_bytes(bad.read_bytes()[:300])
+    to = tmp_path / "small"
+    status, _, err = call(pictures, *csv(pictures), "--resize", 24, "--to", to, "--workers", 2)
+    assert status == 1
+    assert f"error: {bad}: cannot be read (" in err
+    assert err.count("\n") == 1
+    assert len(list(to.rglob("*.JPEG"))) == 11
+
+
+def test_a_part_is_not_counted(root, call):
+    (root / "train" / WNIDS[0] / f"{WNIDS[0]}_1.JPEG").unlink()
+    status, out, _ = call(root, *csv(root), "--part")
+    assert status == 0
+    assert "found: 3 classes, 5 training images" in out
+
+
+@pytest.mark.parametrize(
+    "args", [("--resize", "9"), ("--to", "x"), ("--quality", "0"), ("--workers", "0")]
+)
+def test_options_that_make_no_sense(root, call, args):
+    status, _, err = call(root, *args)
+    assert status == 2
+    assert "expected" in err
