@@ -112,9 +112,13 @@ def leave(config: Any, error: BaseException) -> None:
         write(folder(config) / "error.txt", explain(error) + "\n")
 
 
-def abandon(error: BaseException) -> None:
+def abandon(config: Any, error: BaseException) -> None:
     """End a process that others may be waiting for, so that whoever started them ends them all."""
+    from training.run import RefusedError
+
     if distributed.speaks():
+        if not isinstance(error, RefusedError):
+            leave(config, error)
         who = f"process {distributed.rank()} of {distributed.size()}: "
         print(f"error: {who}{explain(error)}", file=sys.stderr)
         if FULL or not is_mistake(error):
@@ -158,10 +162,10 @@ class Report(Callback):
             print(f"{error}, skipped")
             job_return.status, job_return.return_value = JobStatus.COMPLETED, None
             return
-        if distributed.speaks() and not isinstance(error, RefusedError):
-            leave(config, error)
         if together:
-            abandon(error)
+            abandon(config, error)
+        if not isinstance(error, RefusedError):
+            leave(config, error)
         if sweep:
             Report.failed(job_return.overrides or [], explain(error))
             if not is_mistake(error):

@@ -8,6 +8,7 @@ process's own. Only the first writes files and speaks. With one process nothing 
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -66,6 +67,8 @@ def join(cfg: Any) -> None:
 def speaks() -> bool:
     """Whether this process is to tell of an error: of several that meet it, the quickest does."""
     if store is None:
+        if rank() > 0:
+            time.sleep(1)  # the first has so long before torchrun ends it, too
         return rank() == 0
     try:
         return store.add("told", 1) == 1

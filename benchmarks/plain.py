@@ -1,0 +1,84 @@
+"""The peer of benchmarks/process.py: one training as the reference scripts of torchvision and timm
+write it. PIL images from folders, a `DataLoader` with workers, a loss and an accuracy fetched from
+the device at every step, all images evaluated after every epoch.
+
+    python benchmarks/plain.py DATA --model resnet8 --batch 2 --epochs 2 --workers 1 --threads 1
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+import torchvision.transforms as T
+from torch import nn
+from torch.utils.data import DataLoader
+from torchvision.datasets import ImageFolder
+
+import models
+import norms
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--model", default="resnet8")
+    for key, default in dict(batch=2, epochs=2, workers=1, threads=1).items():
+        parser.add_argument(f"--{key}", type=int, default=default)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    normalize = [T.ToTensor(), T.Normalize((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))]
+    augment = T.Compose([T.RandomCrop(32, padding=4), T.RandomHorizontalFlip(), *normalize])
+    train = ImageFolder(str(args.data / "train"), augment)
+    test = ImageFolder(str(args.data / "test"), T.Compose(normalize))
+    train_loader = DataLoader(
+        train, args.batch, shuffle=True, num_workers=args.workers, drop_last=True
+    )
+    test_loader = DataLoader(test, 500, num_workers=args.workers)
+
+    scheme = norms.build("bn")  # whole batches: plain convolutions and PyTorch's own batch norm
+    model = models.build(args.model, scheme=scheme, num_classes=len(train.classes)).to(device)
+    criterion = nn.CrossEntropyLoss()
+    lr = 0.1 * args.batch / 128
+    optimizer = torch.optim.SGD(
+        model.parameters(), lr=lr, momentum=0.9, nesterov=True, weight_decay=1e-4
+    )
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(
+        optimizer, args.epochs * len(train_loader)
+    )
+    for epoch in range(args.epochs):
+        model.train()
+        loss_sum, right, seen, start = 0.0, 0, 0, time.perf_counter()
+        for images, labels in train_loader:
+            images, labels = images.to(device), labels.to(device)
+            output = model(images)
+            loss = criterion(output, labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            loss_sum += loss.item() * len(labels)
+            right += (output.argmax(1) == labels).sum().item()
+            seen += len(labels)
+        speed = seen / (time.perf_counter() - start)
+        model.eval()
+        correct = 0
+        with torch.no_grad():
+            for images, labels in test_loader:
+                output = model(images.to(device))
+                correct += (output.argmax(1) == labels.to(device)).sum().item()
+        print(
+            f"epoch {epoch + 1}: loss {loss_sum / seen:.3f}, train {100 * right / seen:.2f} %, "
+            f"test {100 * correct / len(test):.2f} %, {speed:.0f} images/s"
+        )
+        torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, "plain.pt")
+
+
+if __name__ == "__main__":
+    main()
