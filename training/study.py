@@ -125,8 +125,13 @@ def state(folder: Path) -> State:
     from training.run import locked
 
     if (folder / "result.json").exists():
-        result = read(folder / "result.json", "status", "top1", "updates", "wall_seconds")
+        try:
+            result = read(folder / "result.json", "status", "top1", "updates", "wall_seconds")
+        except ValueError as error:  # of one run, and no reason not to show the others
+            return State("failed", text=str(error))
         text = f"top-1 {result['top1']:.2f} %" if result["top1"] is not None else ""
+        if result.get("diverged_at_update") is not None:
+            text = f"at update {result['diverged_at_update']}"
         done = result["updates"]
         return State(result["status"], done, done, result["wall_seconds"], text)
     now = State("waiting")
