@@ -178,6 +178,18 @@ def test_a_narrow_board_keeps_the_state_and_some_of_the_rest(tmp_path):
     assert "[a,b]" in "".join(line.split()[0] for line in shown(height=None))
 
 
+def test_the_board_need_not_wait_for_torch(tmp_path):
+    (tmp_path / "digits-resnet8-direct").mkdir()
+    (tmp_path / "digits-resnet8-direct" / COMMANDS).write_text("norm=gn batch=2,4\n")
+    code = (
+        "import sys; sys.argv[1:] = ['digits-resnet8-direct'];"
+        f"sys.path.insert(0, {str(ROOT)!r});"
+        "from scripts.study import main; main(); assert 'torch' not in sys.modules"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True)
+    assert shown.returncode == 0, shown.stderr
+
+
 def test_texts():
     assert [duration(x) for x in (None, 5, 65, 3725)] == ["", "0:05", "1:05", "1 h 02 min"]
     states = [State("finished", 9, 9, 60.0), State("running", 5, 10, 30.0), State("waiting")]
