@@ -58,6 +58,8 @@ class PoolLauncher(Launcher):
         for key, value in dict(workers=workers, runs_per_gpu=runs_per_gpu, threads=threads).items():
             if value is not None and (type(value) is not int or value < 1):
                 raise ValueError(f"hydra.launcher.{key}={value}: expected a whole number from 1")
+        if gpus is not None and (isinstance(gpus, str) or not isinstance(gpus, Sequence)):
+            raise ValueError(f"hydra.launcher.gpus={gpus}: expected a list, such as [0,2] or []")
         self.workers, self.gpus = workers, gpus
         self.runs_per_gpu, self.threads = runs_per_gpu, threads
 
@@ -133,10 +135,11 @@ class PoolLauncher(Launcher):
         """What a run has left that is over already, without a process for it."""
         from training.run import differences
 
-        over = (cell.folder / "result.json").exists()
+        now = state(cell.folder).name
+        over = now in ("finished", "diverged")
         if not over or cell.cfg.overwrite or differences(cell.folder, cell.cfg):
             return None  # a process will refuse it, or start it again
-        say(f"{cell.folder}: {state(cell.folder).name} already, skipped")
+        say(f"{cell.folder}: {now} already, skipped")
         return self.completed(cell)
 
     def start(self, cell: Cell, index: int, place: str) -> Worker:

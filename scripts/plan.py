@@ -16,8 +16,10 @@ import heapq
 import json
 import math
 import os
+import statistics
 import sys
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -130,7 +132,7 @@ def measure(row: Row, shape: tuple[int, ...], classes: int, where: torch.device)
     half = torch.float16 if cfg.recipe.precision == "float16" else torch.bfloat16
     cast = torch.autocast(where.type, half, enabled=cfg.recipe.precision != "float32")
     times: list[float] = []
-    while len(times) < 4 or (sum(times[1:]) < 1 and len(times) < 30):
+    while len(times) < 2 or (sum(times[1:]) < 1 and len(times) < 30):
         start = time.perf_counter()
         optimizer.zero_grad()
         with cast:
@@ -140,7 +142,7 @@ def measure(row: Row, shape: tuple[int, ...], classes: int, where: torch.device)
         if where.type == "cuda":
             torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
-    return sorted(times[1:])[(len(times) - 1) // 2] * plan.sgd_batch / images
+    return statistics.median(times[1:]) * plan.sgd_batch / images  # the first one warms up
 
 
 def rows(found: list[Cell], speed: float | None, where: torch.device, limit: float) -> list[Row]:
@@ -191,8 +193,10 @@ def rows(found: list[Cell], speed: float | None, where: torch.device, limit: flo
         elif row.memory > limit:
             row.source = "does not fit"
         else:
-            classes, channels, size, _ = shape_of_data(row.cfg, row.plan)
-            row.seconds = measure(row, (0, channels, size, size), classes, where)
+            classes, channels, pixels, _ = shape_of_data(row.cfg, row.plan)
+            told = f"measuring {row.scheme} at batch {row.plan.batch} (--speed gives it instead)"
+            with Console(stderr=True).status(told, refresh_per_second=2):
+                row.seconds = measure(row, (0, channels, pixels, pixels), classes, where)
             row.source = "measured"
     return list(made.values())
 
@@ -215,12 +219,18 @@ def text(hours: float) -> str:
     return f"{hours:,.1f} h" if hours >= 1 else f"{60 * hours:.1f} min"
 
 
+def size(memory: float) -> str:
+    return f"{memory / GIB:.1f} GiB" if memory >= GIB else f"{memory / 2**20:.0f} MiB"
+
+
 def show(made: list[Row], gpus: list[int], limit: float, where: str, console: Console) -> None:
-    table = Table(title=f"on {where}, one run at a time on each device", title_justify="left")
+    title = f"on {where}, one run at a time on each device"
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
     for column in ("scheme", "batch", "SGD batch", "runs left", "epochs", "updates", "ms/update"):
-        table.add_column(column, justify="right" if column != "scheme" else "left")
+        justify: Any = "right" if column != "scheme" else "left"
+        table.add_column(column, justify=justify, overflow="fold")
     for column in ("images/s", "time from", "memory", "a run"):
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", overflow="fold")
     for row in made:
         plan = row.plan
         table.add_row(
@@ -229,7 +239,7 @@ def show(made: list[Row], gpus: list[int], limit: float, where: str, console: Co
             *(f"{1000 * row.seconds:,.1f}", f"{plan.sgd_batch / row.seconds:,.0f}")
             if row.seconds
             else ("–", "–"),
-            *(row.source, f"{row.memory / GIB:.1f} GiB", text(row.hours) if row.seconds else "–"),
+            *(row.source, size(row.memory), text(row.hours) if row.seconds else "–"),
         )
     console.print(table)
     hours = [row.hours for row in made for _ in range(row.left)]
@@ -243,7 +253,7 @@ def show(made: list[Row], gpus: list[int], limit: float, where: str, console: Co
             smaller = f"protocol.forward={row.plan.batch} needs less"
             console.print(
                 f"warning: {row.scheme} at batch {row.plan.batch} needs about "
-                f"{row.memory / GIB:.1f} GiB and the device has {limit / GIB:.1f}; "
+                f"{size(row.memory)} and the device has {size(limit)}; "
                 + (
                     smaller
                     if row.plan.forward > row.plan.batch
@@ -251,10 +261,11 @@ def show(made: list[Row], gpus: list[int], limit: float, where: str, console: Co
                 )
             )
     same = [row for row in made if row.batch_free and row.cfg.protocol.name != "direct"]
-    names = {r.scheme for r in same if sum(o.scheme == r.scheme and o.left > 0 for o in same) > 1}
+    alike = Counter((row.scheme, row.plan.sgd_batch) for row in same if row.left)
+    names = sorted({scheme for (scheme, _), count in alike.items() if count > 1})
     if names:
         console.print(
-            f"{', '.join(sorted(names))}: without batch statistics, the same computation at every "
+            f"{', '.join(names)}: without batch statistics, the same computation at every "
             f"batch size that has the same SGD batch; one is enough, the table says so"
         )
 
@@ -275,6 +286,10 @@ def main() -> None:
         gpus = []
     if not gpus:
         parser.error(f"--gpus {args.gpus}: expected whole numbers from 1, such as 1,8,64")
+    for option in ("speed", "memory"):
+        value = getattr(args, option)
+        if value is not None and not value > 0:
+            parser.error(f"--{option} {value:g}: expected a number above 0")
     try:
         found = cells(jobs(args.overrides), checked=True)
         where = devices.find(found[0].cfg.device)

@@ -110,6 +110,17 @@ def read(*studies: Path) -> list[Record]:
     return records
 
 
+def early(*studies: Path) -> dict[str, str]:
+    """The runs that failed before they had a configuration, such as those of an option that the
+    network cannot have: name and reason."""
+    return {
+        file.parent.name: " ".join(file.read_text().split())
+        for study in studies
+        for file in sorted(study.glob("*/error.txt"))
+        if not file.with_name(".hydra").exists()
+    }
+
+
 @dataclass(frozen=True)
 class Measure:
     """The number of a run that a table is about."""
@@ -134,7 +145,11 @@ class Measure:
         if self.rule is None:
             value: Any = run.result.get(self.metric) if run.result else None
             if type(value) not in (int, float):
-                raise ValueError(f"--metric {self.metric}: {run.folder.name} has no such number")
+                numbers = (k for k, v in (run.result or {}).items() if type(v) in (int, float))
+                raise ValueError(
+                    f"--metric {self.metric}: {run.folder.name} has no such number; expected one "
+                    f"of {', '.join(sorted(numbers))}"
+                )
         else:
             tested = [row["test_top1"] for row in run.epochs if "test_top1" in row]
             least = 5 if self.rule == "median5" else 1

@@ -64,6 +64,8 @@ def select(records: list[Record], key: str, measure: Measure) -> tuple[list[Reco
         raise ValueError(
             f"--select {key}: chosen by an accuracy or test_loss, not {measure.metric}"
         )
+    if key in OWN:
+        raise ValueError(f"--select {key}: is not chosen; expected a key such as recipe.lr")
     held = [r for r in records if r.config.get("data.holdout")]
     final = [r for r in records if r not in held]
     found = Selection(key)

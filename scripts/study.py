@@ -98,13 +98,17 @@ def board(study: Path, runs: dict[Path, str], height: int | None = None) -> tupl
             lines.append(Text(f"{len(rows) - len(kept)} lines left out", "dim"))
         rows = [rows[i] for i in sorted(kept)]
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("run", "state", "updates", "left", ""):
-        table.add_column(column, no_wrap=column != "", justify="left")
+    for column in ("run", "state", "updates", "left", ""):  # where it is narrow, the ends give way
+        table.add_column(column, no_wrap=column not in ("run", ""), justify="left")
+    cut = height is not None  # a line is then one line
     for name, now in rows:
         going = now.updates and now.name in ("running", "interrupted")
         updates = f"{now.update}/{now.updates}" if going else ""
         left = duration(now.left) if now.name == "running" else ""
-        table.add_row(name, Text(now.name, COLOURS[now.name]), updates, left, Text(now.text))
+        run, text = (
+            Text(x, no_wrap=cut, overflow="ellipsis" if cut else "fold") for x in (name, now.text)
+        )
+        table.add_row(run, Text(now.name, COLOURS[now.name]), updates, left, text)
     return Group(*lines, table), not {"running", "waiting", "interrupted"} & {
         s.name for s in states
     }

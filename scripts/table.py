@@ -47,6 +47,8 @@ class Table:
     """Row: the published numbers by batch size."""
     elsewhere: list[published.Row] = field(default_factory=list)
     """Published, of rows of the table, at no batch size that is known."""
+    early: dict[str, str] = field(default_factory=dict)
+    """Runs that failed before they had a configuration, and so a cell: why."""
 
     @property
     def columns(self) -> list[Any]:
@@ -103,6 +105,7 @@ class Table:
         if lost:
             notes.append(f"n/a: theirs, but in no source that we could read: {'; '.join(lost)}")
         failed = {r.folder.name: r.error for c in every for r in c.runs if r.state == "failed"}
+        failed |= self.early
         notes += [f"{name} failed: {error or 'no reason given'}" for name, error in failed.items()]
         notes += self.selection.notes() if self.selection else []
         return notes
@@ -320,7 +323,9 @@ def show(studies: Sequence[Path], options: Options | None = None, console: Any =
     parts = runs.split(records, options.split)
     tables = {part: make(members, part, options) for part, members in parts.items()}
     text, pictures = [], []
+    early = runs.early(*studies)
     for part, table in tables.items():
+        table.early = early
         suffix = "".join(x if x.isalnum() or x in ".-" else "_" for x in f"_{part}") if part else ""
         made = draw(table, folder, suffix)
         notes = [note + "\n" for note in table.notes()]

@@ -315,6 +315,15 @@ def test_runs_of_a_sweep_do_not_touch_each_other(train, tmp_path):
     assert_same_weights(swept, alone.run())
 
 
+@pytest.mark.parametrize("study", ["", "..", "../beside", "a/b"])
+def test_a_refused_study_leaves_nothing_anywhere(train, tmp_path, study):
+    swept = train("-m", "seed=0,1", f"study={study}")
+    assert swept.status == 1
+    assert f"study={study}: expected the name of a folder, without slashes" in swept.err
+    left = [file for file in tmp_path.rglob("*") if file.is_file()]
+    assert left == [swept.runs / "multirun.yaml"]  # Hydra's own
+
+
 # --- mistakes
 
 
@@ -424,6 +433,7 @@ MISTAKES = [
     (["data=folder", "data.root=/nowhere"], 1, ["data.root=/nowhere: does not exist"]),
     (["data.train_fraction=0.0"], 1, ["data.train_fraction=0.0: expected a number above 0"]),
     (["study=a/b"], 1, ["study=a/b: expected the name of a folder, without slashes"]),
+    (["study="], 1, ["study=: expected the name of a folder"]),
     (["name=.."], 1, ["name=..: expected the name of a folder"]),
     (["runtime.runs=/proc/none"], 1, ["runtime.runs=/proc/none: cannot write"]),
 ]

@@ -13,7 +13,12 @@ from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import JobReturn, JobStatus
-from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from hydra.errors import (
+    HydraException,
+    InstantiationException,
+    MissingConfigException,
+    OverrideParseException,
+)
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import OmegaConf
@@ -56,6 +61,8 @@ def explain(error: BaseException) -> str:
             f"lost another process of this run; the same command goes on from the last checkpoint "
             f"({first(error)})"
         )
+    if isinstance(error, InstantiationException) and isinstance(error.__cause__, ValueError):
+        return explain(error.__cause__)  # a launcher's own
     if isinstance(error, HydraException | OmegaConfBaseException):
         cause = error.__cause__
         missing = re.search(r"Missing mandatory value: (\S+)", f"{error} {cause}")

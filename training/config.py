@@ -180,7 +180,12 @@ def run_name(cfg: DictConfig) -> str:
 
 
 def folder(cfg: DictConfig) -> Path:
-    """Of a run: a pure function of its configuration."""
+    """Of a run: a pure function of its configuration. Raises `ValueError` for a name that would
+    lead elsewhere."""
+    for key in ("study", "name"):
+        name = str(cfg[key]).strip(". ")
+        if cfg[key] is not None and (not name or os.path.basename(name) != str(cfg[key])):
+            raise ValueError(f"{key}={cfg[key]}: expected the name of a folder, without slashes")
     return Path(str(cfg.runtime.runs)) / str(cfg.study) / run_name(cfg)
 
 
@@ -255,6 +260,4 @@ def check(cfg: DictConfig) -> None:
         and all(isinstance(b, int | float) and 0 <= b < 1 for b in betas)
     ):
         raise ValueError(f"recipe.betas={betas}: expected two numbers from 0, below 1: [0.9,0.999]")
-    for key in ("study", "name"):
-        if cfg[key] is not None and str(cfg[key]) != os.path.basename(str(cfg[key])).strip(". "):
-            raise ValueError(f"{key}={cfg[key]}: expected the name of a folder, without slashes")
+    folder(cfg)  # has a name that can be one

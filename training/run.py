@@ -54,18 +54,6 @@ class BusyError(RefusedError):
     """Another process is training this run."""
 
 
-def locked(folder: Path) -> bool:
-    """Whether some process is training the run of this folder now."""
-    try:
-        with open(folder / ".lock") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except BlockingIOError:
-        return True
-    return False
-
-
 def differences(folder: Path, cfg: DictConfig) -> list[str]:
     """The keys that can change a result and are not the same in the configuration of a folder."""
     file = folder / ".hydra" / "config.yaml"

@@ -1,5 +1,6 @@
 """A study from outside: the runs that its commands ask for, and how far each of them is."""
 
+import fcntl
 import json
 import re
 import shlex
@@ -120,13 +121,28 @@ class State:
         return (self.updates - self.update) * self.seconds / self.update if self.update else None
 
 
+def locked(folder: Path) -> bool:
+    """Whether some process is training the run of this folder now."""
+    try:
+        with open(folder / ".lock") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
+
+
 def state(folder: Path) -> State:
     """Of the run in a folder, from its files."""
-    from training.run import locked
-
     if (folder / "result.json").exists():
-        result = read(folder / "result.json", "status", "top1", "updates", "wall_seconds")
+        try:
+            result = read(folder / "result.json", "status", "top1", "updates", "wall_seconds")
+        except ValueError as error:  # of one run, and no reason not to show the others
+            return State("failed", text=str(error))
         text = f"top-1 {result['top1']:.2f} %" if result["top1"] is not None else ""
+        if result.get("diverged_at_update") is not None:
+            text = f"at update {result['diverged_at_update']}"
         done = result["updates"]
         return State(result["status"], done, done, result["wall_seconds"], text)
     now = State("waiting")

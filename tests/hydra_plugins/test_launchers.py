@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
-from hydra.errors import MissingConfigException
+from hydra.errors import InstantiationException, MissingConfigException
+from hydra.utils import instantiate
 from rich.console import Console
 
 import hydra_plugins.pool_launcher
@@ -77,6 +78,20 @@ def basic(tmp_path_factory) -> Path:
 
 
 POOL = ["hydra/launcher=pool", "hydra.launcher.workers=2"]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        ("workers", 0, "a whole number from 1"),
+        ("gpus", 3, "a list, such as [0,2] or []"),
+        ("gpus", "all", "a list, such as [0,2] or []"),
+    ],
+)
+def test_what_pool_cannot_use_is_named(key, value, expected):
+    with pytest.raises(InstantiationException) as refused:
+        instantiate({"_target_": "hydra_plugins.pool_launcher.PoolLauncher", key: value})
+    assert cli.explain(refused.value) == f"hydra.launcher.{key}={value}: expected {expected}"
 
 
 def test_pool_survives_the_death_of_its_launcher_and_of_a_worker(basic, tmp_path):

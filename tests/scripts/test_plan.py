@@ -52,7 +52,14 @@ def test_imagenet_need_not_be_there():
     assert 15 * GIB < row.memory < 30 * GIB
     text = told([row], limit=16 * GIB)
     assert "warning: bn at batch 32 needs about" in text
-    assert "the device has 16.0; protocol.forward=32 needs less" in text
+    assert "the device has 16.0 GiB; protocol.forward=32 needs less" in text
+
+
+def test_only_the_same_computation_is_called_so():
+    overrides = ["experiment=gn_imagenet", "model=resnet18", "norm=gn", "batch=2,4"]
+    assert "without batch statistics" not in told(plan(*overrides))  # the SGD batch is 8 x batch
+    fixed = told(plan(*overrides, "protocol.sgd_batch=32"))
+    assert "gn: without batch statistics, the same computation" in fixed
 
 
 def test_what_is_swept_else_is_named_and_durations_in_updates_count():
@@ -124,6 +131,8 @@ def test_command_line():
     for wrong, why in (
         (["nrom=gn"], "error: nrom: no such key"),
         (["batch=0"], "error: batch=0"),
+        (["--speed", "0"], "--speed 0: expected a number above 0"),
+        (["--memory=-1"], "--memory -1: expected a number above 0"),
         (["--gpus", "two"], "--gpus two: expected whole numbers from 1"),
     ):
         refused = subprocess.run([*command, *wrong], capture_output=True, text=True)

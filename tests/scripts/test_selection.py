@@ -102,6 +102,10 @@ def test_never_on_test_images(tmp_path):
     told = refused(tmp_path / "x")
     assert told.startswith("--select recipe.lr: bn has runs with 0.1 and 0.3 and data.holdout=0")
     assert "choosing on test images" in told
+    put(tmp_path / "y", "bn", 2, 0, 90.0)
+    for key in ("norm", "batch", "seed", "data.holdout"):  # what a choice is made for or on
+        with pytest.raises(ValueError, match=f"--select {key}: is not chosen; expected a key"):
+            show([tmp_path / "y"], Options(select=key))
 
 
 def test_the_table_shows_the_values_and_the_commands(held, capsys):

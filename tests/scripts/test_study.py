@@ -136,6 +136,60 @@ def test_two_processes_that_meet_on_one_run(tmp_path):
     assert len(list(tmp_path.glob("*/*/events.out.tfevents.*"))) == 1
 
 
+def finished(folder, **result):
+    folder.mkdir(parents=True)
+    (folder / ".lock").touch()
+    whole = {"status": "finished", "top1": 90.0, "updates": 9, "wall_seconds": 1.0} | result
+    (folder / "result.json").write_text(json.dumps(whole))
+
+
+def test_one_damaged_file_does_not_hide_the_other_runs(tmp_path):
+    finished(tmp_path / "bn-b2-s0")
+    finished(tmp_path / "bn-b4-s0", status="diverged", top1=None, diverged_at_update=7)
+    finished(tmp_path / "bn-b8-s0")
+    (tmp_path / "bn-b8-s0" / "result.json").write_text("{")
+    head, _, *lines = screen(tmp_path)
+    assert "3 runs: 1 failed, 1 diverged, 1 finished" in head
+    assert lines[0].endswith("top-1 90.00 %")
+    assert lines[1].endswith("at update 7")
+    assert "result.json: cannot be read" in lines[2]
+
+
+def test_a_narrow_board_keeps_the_state_and_some_of_the_rest(tmp_path):
+    name = "gn-b32-s0-0123ab"
+    finished(tmp_path / name)
+    runs = {tmp_path / name: "norm.groups=4 recipe.milestones=[a,b] recipe.lr=0.1"}
+
+    def shown(height):
+        console = Console(width=60)
+        with console.capture() as capture:
+            console.print(board(tmp_path, runs, height)[0])
+        found = capture.get()
+        return found[found.index("gn-b32") :].splitlines()
+
+    (cut,) = shown(height=10)
+    first, *_, last = shown(height=None)
+    for line in (cut, first):
+        assert name in line
+        assert "finished" in line
+        assert "top-1 90.00 %" in line
+    assert "…" in cut
+    assert "lr=0.1" in last
+    assert "[a,b]" in "".join(line.split()[0] for line in shown(height=None))
+
+
+def test_the_board_need_not_wait_for_torch(tmp_path):
+    (tmp_path / "digits-resnet8-direct").mkdir()
+    (tmp_path / "digits-resnet8-direct" / COMMANDS).write_text("norm=gn batch=2,4\n")
+    code = (
+        "import sys; sys.argv[1:] = ['digits-resnet8-direct'];"
+        f"sys.path.insert(0, {str(ROOT)!r});"
+        "from scripts.study import main; main(); assert 'torch' not in sys.modules"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True)
+    assert shown.returncode == 0, shown.stderr
+
+
 def test_texts():
     assert [duration(x) for x in (None, 5, 65, 3725)] == ["", "0:05", "1:05", "1 h 02 min"]
     states = [State("finished", 9, 9, 60.0), State("running", 5, 10, 30.0), State("waiting")]

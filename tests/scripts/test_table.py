@@ -72,6 +72,12 @@ def test_what_is_not_finished_stays_visible(study):
         "mabn": {2: "80.00 (1), 1 failed", 8: "missing"},
     }
     assert table(study).notes() == ["mabn-b2-s1 failed: out of memory: a smaller batch"]
+    early = study / "gn-b2-s0-0a1b2c"  # before it had a configuration, so it has no cell
+    early.mkdir()
+    (early / "error.txt").write_text("norm.groups=7: fits no layer\n")
+    markdown = show([study]).markdown
+    assert "mabn-b2-s1 failed: out of memory" in markdown
+    assert "gn-b2-s0-0a1b2c failed: norm.groups=7: fits no layer" in markdown
 
 
 def test_a_folder_that_holds_no_run_is_no_run(study):
@@ -200,7 +206,9 @@ def test_mistakes_are_named_in_one_line(study):
     )
     assert refused(study, rows="momentum").startswith("--rows momentum: no run has this key")
     assert refused(study, columns="norm").startswith("--columns norm: is --rows too")
-    assert refused(study, metric="top7") == "--metric top7: bn-b2-s0 has no such number"
+    assert refused(study, metric="top7").startswith(
+        "--metric top7: bn-b2-s0 has no such number; expected one of best_top1, epochs, "
+    )
     assert refused(study, baseline="gn") == "--baseline gn: no such row; expected one of bn"
     assert "no runs in it" in refused(study / "nowhere")
     (study / "bn-b2-s0" / "metrics.csv").write_text("epoch,test_top1\n1,ninety\n")
