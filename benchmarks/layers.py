@@ -27,7 +27,7 @@ import argparse
 import random
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -81,6 +81,9 @@ def maps(v: Tensor) -> Tensor:
 
 class Plain(nn.Module):
     """A layer in the plain form of its formulas; the state that they need, for all of them."""
+
+    mean: Tensor
+    var: Tensor
 
     def __init__(self, channels: int):
         super().__init__()
@@ -183,6 +186,9 @@ class _PlainMABN(torch.autograd.Function):
 class PlainMABN(Plain):
     """The authors' release, without its synchronisation with the device to read a counter."""
 
+    squares: Tensor
+    products: Tensor
+
     def __init__(self, channels: int, window: int):
         super().__init__(channels)
         self.register_buffer("squares", torch.zeros(window, channels))
@@ -224,8 +230,8 @@ def norm_layers(channels: int, batch: int) -> dict[str, nn.Module]:
 def conv_layers(cin: int, cout: int, kernel: int) -> dict[str, nn.Module]:
     from timm.layers import ScaledStdConv2d, StdConv2d
 
-    shape = dict(in_channels=cin, out_channels=cout, kernel_size=kernel, bias=False)
-    std = {k.replace("in_channels", "in_channel"): v for k, v in shape.items()}
+    shape: Any = dict(in_channels=cin, out_channels=cout, kernel_size=kernel, bias=False)
+    std: Any = {k.replace("in_channels", "in_channel"): v for k, v in shape.items()}
     return {
         "nn.Conv2d": nn.Conv2d(**shape),
         "ws_gn": WSConv2d(**shape),
@@ -280,7 +286,7 @@ def both_ways(layer: nn.Module, x: Tensor, dy: Tensor, batch: int | None = None)
         layer(part).backward(grad)
 
 
-def measure(calls: dict[str, Callable[[], None]], rounds: int, own: bool, where: Any) -> Any:
+def measure(calls: Mapping[str, Callable[[], None]], rounds: int, own: bool, where: Any) -> Any:
     """Milliseconds of every call in every round. `own`: the thread's own time."""
     clock = time.thread_time if own else time.perf_counter
     times: dict[str, list[float]] = {key: [] for key in calls}
@@ -310,7 +316,8 @@ def rows(times: dict[str, np.ndarray], base: str, held: dict[str, int] | None = 
 
 
 def norms_table(args: argparse.Namespace, where: torch.device, own: bool) -> dict[str, Any]:
-    tables, total = {}, {}
+    tables: dict[str, Any] = {}
+    total: dict[str, float] = {}
     for (channels, side), count in args.shapes.items():
         layers, held, calls = norm_layers(channels, args.images), {}, {}
         for name, layer in layers.items():
@@ -355,7 +362,7 @@ def weights_table(args: argparse.Namespace, where: torch.device, own: bool) -> d
             calls = {}
             x = torch.randn(1, cin, kernel, kernel, device=where)
             for name, layer in conv_layers(cin, cout, kernel).items():
-                layer = layer.to(where, memory_format=layout)
+                layer = layer.to(where).to(memory_format=layout)
                 dy = torch.randn(1, cout, 1, 1, device=where)
                 calls[name] = partial(both_ways, Fresh(layer), x, dy)
             times = measure(calls, args.rounds, own, where)
