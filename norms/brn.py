@@ -63,8 +63,9 @@ class BatchRenorm2d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         m.check_4d(x)
         if not self.training:
-            state = (self.running_mean, self.running_std.square(), self.weight, self.bias)
-            return F.batch_norm(x, *state, training=False, eps=0.0)
+            var = self.running_std.square() - self.eps  # which a batch norm adds again
+            state = (self.running_mean, var, self.weight, self.bias)
+            return F.batch_norm(x, *state, training=False, eps=self.eps)
         m.check_variance(x, self.batch_size)
         with torch.no_grad():
             mean, var = m.group_moments(x, self.batch_size)
