@@ -5,8 +5,10 @@
 
 The second line is a group norm of z (mean and biased variance per image n and channel group g)
 whose affine has one pair per *group*. The convolutions are weight-standardized with the unbiased
-variance and eps inside the root. Both norms' statistics follow from the moments of each map, so x
-is read once for both.
+variance and eps inside the root. Both norms' statistics follow from the moments of each map, and
+both norms' gradients from each map's sums of dL/dy and x dL/dy, so the passes over activations are
+those of one batch norm: forward x is read for the moments and again while y is written; backward x
+and dL/dy are read for the sums and again while dL/dx is written.
 
 `EstimatedBatchNorm2d` is the first line for micro-batches: it normalizes by moving estimates,
 
@@ -23,7 +25,9 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from norms import moments as m
 from norms.bn import GhostBatchNorm2d
@@ -59,19 +63,26 @@ class EstimatedBatchNorm2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         m.check_4d(x)
-        return m.affine(x, *self.scale_shift(*m.moments(x.detach())))
+        if not self.training:
+            state = (self.running_mean, self.running_var, self.weight, self.bias)
+            return F.batch_norm(x, *state, training=False, eps=self.eps)
+        mean, var = self.statistics(*m.moments(x), x.shape[2] * x.shape[3])
+        inverse = torch.rsqrt(var + self.eps)
+        return m.Normalize.apply(x, self.weight, self.bias, mean, inverse, None, None, False)
 
-    def scale_shift(self, mean: Tensor, var: Tensor, area: int = 0) -> tuple[Tensor, Tensor]:
-        """From the moments of every map, (N, C), to the layer's scale and shift, (N or 1, C).
-
-        In training this moves the estimates, once per group.
-        """
-        if self.training:
-            mean, var = self.update(mean, var)
-        else:
-            mean, var = self.running_mean[None], self.running_var[None]
-        scale = self.weight * torch.rsqrt(var + self.eps)
-        return scale, self.bias - mean * scale
+    @torch.no_grad()
+    def statistics(self, mean: Tensor, var: Tensor, area: int) -> tuple[Tensor, Tensor]:
+        """From the moments of every map, (N, C), to the estimates that each group meets, (G, C),
+        which every group in turn has moved. In evaluation the last estimates, (1, C)."""
+        if not self.training:
+            return self.running_mean[None], self.running_var[None]
+        mean, var = m.pool(m.split(mean, self.batch_size), m.split(var, self.batch_size), dim=1)
+        means = m.moving_average(self.running_mean, mean, self.rate)
+        around_old = var + (mean - means[:-1]) ** 2
+        variances = m.moving_average(self.running_var, around_old, self.rate)
+        self.running_mean.copy_(means[-1])
+        self.running_var.copy_(variances[-1])
+        return means[1:], variances[1:]
 
     def fold(self) -> nn.Module:
         """What it computes in evaluation, in PyTorch's own layers: see `norms/fold.py`."""
@@ -79,18 +90,75 @@ class EstimatedBatchNorm2d(nn.Module):
             self.weight, self.bias, self.running_mean, self.running_var, self.eps
         )
 
-    @torch.no_grad()
-    def update(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
-        """Move the estimates by every group in turn; return those that each image meets, (N, C)."""
-        mean, var = (m.split(s, self.batch_size) for s in (mean, var))
-        size = mean.shape[1]
-        mean, var = m.pool(mean, var, dim=1)
-        means = m.moving_average(self.running_mean, mean, self.rate)
-        around_old = var + (mean - means[:-1]) ** 2
-        variances = m.moving_average(self.running_var, around_old, self.rate)
-        self.running_mean.copy_(means[-1])
-        self.running_var.copy_(variances[-1])
-        return means[1:].repeat_interleave(size, 0), variances[1:].repeat_interleave(size, 0)
+
+class _BatchChannelNorm(torch.autograd.Function):
+    """Both norms of x: (N, C, H, W).
+
+    bn_weight, bn_bias: (C,); weight, bias: (K,), of the K channel groups; mean, var: the moments of
+    every map, (N, C); center, inverse: mean and 1 / sqrt(var + eps) of the batch norm, (G, C), for
+    G groups of images. `through`: whether the gradient passes through these two.
+    """
+
+    @staticmethod
+    def forward(ctx, x, bn_weight, bn_bias, weight, bias, mean, var, center, inverse, eps, through):
+        scale = bn_weight * inverse
+        away = mean - m.spread(center, len(x))
+        scale = m.spread(scale, len(x))
+        z = torch.addcmul(bn_bias, away, scale)  # the mean of every map's z, (N, C)
+        groups = (len(weight), -1)
+        z_mean, z_var = m.pool(z.unflatten(1, groups), (var * scale**2).unflatten(1, groups), 2)
+        z_inverse = torch.rsqrt(z_var + eps)  # (N, K)
+        ctx.save_for_backward(
+            x, bn_weight, bn_bias, weight, mean, var, center, inverse, z_mean, z_inverse
+        )
+        ctx.through = through
+        gain = (weight * z_inverse)[:, :, None]  # y = gain * (z - z_mean) + bias
+        z_shift = (z.unflatten(1, groups) - z_mean[:, :, None]) * gain + bias[:, None]
+        scale = (scale.unflatten(-1, groups) * gain).flatten(1)
+        return m.affine(x, scale, torch.addcmul(z_shift.flatten(1), mean, scale, value=-1))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        saved = ctx.saved_tensors
+        x, bn_weight, bn_bias, weight, mean, var, center, inverse, z_mean, z_inverse = saved
+        images, channels, height, width = x.shape
+        area, width_of_group = height * width, channels // len(weight)
+        center, inverse = m.spread(center, images), m.spread(inverse, images)
+        scale, away = bn_weight * inverse, mean - center
+
+        def per_channel(values: Tensor) -> Tensor:
+            return values.repeat_interleave(width_of_group, 1)
+
+        # y = weight * u + bias with u = (x - mean) * p + q
+        z = torch.addcmul(bn_bias, away, scale)
+        z_inverse_c = per_channel(z_inverse)
+        p, q = scale * z_inverse_c, (z - per_channel(z_mean)) * z_inverse_c
+        total, product = m.sums(dy, x, mean)
+        dyu = torch.addcmul(p * product, q, total)
+        dbias = total.unflatten(1, (len(weight), -1)).sum(2)
+        dweight = dyu.unflatten(1, (len(weight), -1)).sum(2)
+        # dz = a * dy + b * (x - mean) + c
+        gain = weight * z_inverse
+        a = per_channel(gain)
+        first = per_channel(gain * dbias / -(width_of_group * area))
+        second = per_channel(gain * dweight / -(width_of_group * area))
+        b, c = second * p, torch.addcmul(first, second, q)
+        # the sums of dz and of dz * (x - center)
+        dz = a * total + area * c
+        dzx = torch.addcmul(a * product + away * dz, b, var, value=area)
+        if ctx.through:
+            groups = len(saved[6])
+            n = images // groups * area
+            of_dz = m.spread(m.gather(dz, groups) / -n, images)
+            of_dzx = m.spread(m.gather(dzx, groups) / -n, images) * inverse.square()
+            b = b + of_dzx
+            c = c + torch.addcmul(of_dz, of_dzx, away)
+        b = b * scale
+        c = torch.addcmul(c * scale, b, mean, value=-1)
+        dx = m.combine(dy, a * scale, x, b, c)
+        state = (None,) * 6
+        return dx, (inverse * dzx).sum(0), dz.sum(0), dweight.sum(0), dbias.sum(0), *state
 
 
 class BatchChannelNorm2d(nn.Module):
@@ -128,19 +196,14 @@ class BatchChannelNorm2d(nn.Module):
         m.check_4d(x)
         if self.training and isinstance(self.bn, GhostBatchNorm2d):
             m.check_variance(x, self.bn.batch_size)
-        mean, var = m.moments(x)
-        area = x.shape[2] * x.shape[3]
-        scale, shift = self.bn.scale_shift(mean, var, area)  # z = x * scale + shift
-        channels = self.num_channels // self.num_groups
-        mean, var = m.pool(  # of z, per image and channel group: (N, num_groups)
-            (mean * scale + shift).unflatten(1, (-1, channels)),
-            (var * scale**2).unflatten(1, (-1, channels)),
-            dim=2,
-        )
-        gain = self.weight * torch.rsqrt(var + self.eps)  # y = z * gain + (bias - mean * gain)
-        offset = (self.bias - mean * gain).repeat_interleave(channels, 1)
-        gain = gain.repeat_interleave(channels, 1)
-        return m.affine(x, scale * gain, shift * gain + offset)
+        with torch.no_grad():
+            mean, var = m.moments(x)
+            center, bn_var = self.bn.statistics(mean, var, x.shape[2] * x.shape[3])
+            inverse = torch.rsqrt(bn_var + self.bn.eps)
+        through = self.training and isinstance(self.bn, GhostBatchNorm2d)
+        parameters = (self.bn.weight, self.bn.bias, self.weight, self.bias)
+        state = (mean, var, center, inverse, self.eps, through)
+        return _BatchChannelNorm.apply(x, *parameters, *state)
 
     def fold(self) -> nn.Module:
         """What it computes in evaluation, in PyTorch's own layers: see `norms/fold.py`."""

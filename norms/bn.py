@@ -7,7 +7,8 @@ the moving averages r <- (1 - momentum) r + momentum * statistic, of the mean an
 variance, take their place. `GhostBatchNorm2d` is the same layer when more images pass at once than
 share statistics (Hoffer et al., arXiv 1705.08741): each group of `batch_size` images, in order, is
 normalized by its own statistics and updates the moving averages, as if the groups had come one by
-one.
+one. Forward, x is read for the statistics and again while y is written; backward, x and dL/dy are
+read for their sums and again while dL/dx is written; only x and a few numbers per group are kept.
 """
 
 from functools import partial
@@ -49,31 +50,24 @@ class GhostBatchNorm2d(nn.BatchNorm2d):
         m.check_variance(x, self.batch_size)
         if self.batch_size in (None, x.shape[0]):
             return super().forward(x)
-        return m.affine(x, *self.scale_shift(*m.moments(x), x.shape[2] * x.shape[3]))
-
-    def scale_shift(self, mean: Tensor, var: Tensor, area: int) -> tuple[Tensor, Tensor]:
-        """From the moments of every map, (N, C), to the layer's scale and shift, (N, C).
-
-        In training this updates the moving averages, once per group; `area` is H * W.
-        """
-        if self.training:
-            n = mean.shape[0]
-            mean, var = m.pool(m.split(mean, self.batch_size), m.split(var, self.batch_size), dim=1)
-            groups = mean.shape[0]
-            count = n // groups * area
-            self.update(mean.detach(), var.detach() * (count / (count - 1)))
-            mean, var = (s.repeat_interleave(n // groups, 0) for s in (mean, var))
-        else:
-            mean, var = self.running_mean[None], self.running_var[None]
-        scale = self.weight * torch.rsqrt(var + self.eps)
-        return scale, self.bias - mean * scale
+        mean, var = self.statistics(*m.moments(x), x.shape[2] * x.shape[3])
+        inverse = torch.rsqrt(var + self.eps)
+        return m.Normalize.apply(x, self.weight, self.bias, mean, inverse, None, None, True)
 
     @torch.no_grad()
-    def update(self, mean: Tensor, var: Tensor) -> None:
-        """Move the running statistics by the (groups, C) statistics, one group after another."""
-        for running, values in ((self.running_mean, mean), (self.running_var, var)):
-            running.copy_(m.moving_average(running, values, self.momentum)[-1])
-        self.num_batches_tracked += mean.shape[0]
+    def statistics(self, mean: Tensor, var: Tensor, area: int) -> tuple[Tensor, Tensor]:
+        """From the moments of every map, (N, C), to those of every group, (G, C), by which this
+        moves the running statistics, one group after another; `area` is H * W. In evaluation the
+        running statistics, (1, C)."""
+        if not self.training:
+            return self.running_mean[None], self.running_var[None]
+        count = (self.batch_size or len(mean)) * area
+        mean, var = m.pool(m.split(mean, self.batch_size), m.split(var, self.batch_size), dim=1)
+        unbiased = var * (count / (count - 1))
+        for running, values in ((self.running_mean, mean), (self.running_var, unbiased)):
+            m.move_average(running, values, self.momentum)
+        self.num_batches_tracked += len(mean)
+        return mean, var
 
     def fold(self) -> nn.Module:
         """What it computes in evaluation, in PyTorch's own layers: see `norms/fold.py`."""

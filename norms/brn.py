@@ -10,11 +10,13 @@ The moving average is of the standard *deviation*, with eps already inside, so a
 gamma * (x - mu) / sigma + beta. The paper fixes gamma at 1. r_max and d_max start at 1 and 0, where
 BRN is batch norm, for `start` optimizer steps, and then rise linearly until `r_until` and `d_until`
 (the paper: 3 and 5, after 5,000, at 40,000 and 25,000 steps of its 130,000 or more, "gradually").
+Passes over activations as in `norms/bn.py`.
 """
 
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from norms import moments as m
@@ -61,17 +63,16 @@ class BatchRenorm2d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         m.check_4d(x)
         if not self.training:
-            scale = self.weight / self.running_std
-            return m.affine(x, scale[None], (self.bias - self.running_mean * scale)[None])
+            var = self.running_std.square() - self.eps  # which a batch norm adds again
+            state = (self.running_mean, var, self.weight, self.bias)
+            return F.batch_norm(x, *state, training=False, eps=self.eps)
         m.check_variance(x, self.batch_size)
-        mean, var = (m.split(s, self.batch_size) for s in m.moments(x))
-        mean, var = m.pool(mean, var, dim=1)  # (G, C)
-        std = torch.sqrt(var + self.eps)
-        r, d = self.correct(mean.detach(), std.detach())
-        scale = self.weight * r / std
-        shift = self.bias + self.weight * d - mean * scale
-        size = x.shape[0] // len(mean)
-        return m.affine(x, scale.repeat_interleave(size, 0), shift.repeat_interleave(size, 0))
+        with torch.no_grad():
+            mean, var = m.group_moments(x, self.batch_size)
+            var += self.eps
+            r, d = self.correct(mean, torch.sqrt(var))
+            inverse = torch.rsqrt(var)
+        return m.Normalize.apply(x, self.weight, self.bias, mean, inverse, r, d, True)
 
     @torch.no_grad()
     def correct(self, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
@@ -80,7 +81,7 @@ class BatchRenorm2d(nn.Module):
         means = m.moving_average(self.running_mean, mean, self.momentum)
         stds = m.moving_average(self.running_std, std, self.momentum)
         batch = self.num_batches_tracked + torch.arange(groups, device=mean.device)
-        step = (batch // self.batches_per_step)[:, None]
+        step = (batch // self.batches_per_step)[:, None].to(std.dtype)
         r_max, d_max = (
             low + (high - low) * ((step - self.start) / max(1, until - self.start)).clamp(0, 1)
             for low, high, until in self.limits

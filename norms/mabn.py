@@ -25,19 +25,33 @@ The authors published two versions, which differ in what counts as a step:
 At test time y = gamma * x / sqrt(chi_run + eps) + beta. All counts are of batches of B images or of
 optimizer steps, whatever passes through the network at once. The window crosses a weight update in
 both: part of it was made by older weights.
+
+Passes over activations as in batch norm: forward x is read for chi, and again while y is written;
+backward x and dL/dy are read for the sums, and again while dL/dx is written.
 """
 
 from functools import partial
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from norms import moments as m
 from norms.scheme import Scheme, conv, frozen_batch_norm
 
-# 2.11 returns zeros where a backward pass moves a buffer on; 2.14 is right; between is not tested.
-COMPILES = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 14)
+
+class _Center(torch.autograd.Function):
+    """Each filter less its mean: a projection, and so is its own gradient."""
+
+    @staticmethod
+    def forward(ctx, weight):
+        return weight - weight.mean((1, 2, 3), keepdim=True)
+
+    @staticmethod
+    def backward(ctx, dy):
+        return dy - dy.mean((1, 2, 3), keepdim=True)
 
 
 class CenteredConv2d(nn.Conv2d):
@@ -45,7 +59,7 @@ class CenteredConv2d(nn.Conv2d):
 
     def standardized(self) -> Tensor:
         """The weights that the convolution uses."""
-        return self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+        return _Center.apply(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         return self._conv_forward(x, self.standardized(), self.bias)
@@ -55,19 +69,25 @@ def _window_mean(window: Tensor, new: Tensor, own: Tensor) -> Tensor:
     """For each of G new (G, C) values the mean of the last m, itself included; `window` holds the
     m values before, oldest first, and is moved on. Where `own`, just the value itself."""
     size = window.shape[0]
-    values = torch.cat([window, new])
+    values = torch.cat([window[1:], new])
     window.copy_(values[-size:])
-    return torch.where(own[:, None], new, values.unfold(0, size, 1)[1:].mean(-1))
+    means = window.mean(0) if len(new) == 1 else values.unfold(0, size, 1).mean(-1)
+    return torch.where(own[:, None], new, means)
 
 
 def _release(layer: "MABN2d", square: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """From chi of each of G batches: chi_bar, chi_run before it, whether r is free, own values."""
     step = layer.num_batches_tracked + torch.arange(1, len(square) + 1, device=square.device)
-    own = (step <= layer.window_square.shape[0]) | (step < layer.warmup)
+    own = step < max(layer.window_square.shape[0] + 1, layer.warmup)
     chi = _window_mean(layer.window_square, square, own)
-    running = m.moving_average(layer.running_square, chi, 1 - layer.momentum)
-    layer.running_square.copy_(running[-1])
-    return chi, running[:-1], (step > max(1000, layer.warmup))[:, None], own
+    if len(square) == 1:
+        running = layer.running_square[None].clone()
+        m.move_average(layer.running_square, chi, 1 - layer.momentum)
+    else:
+        running = m.moving_average(layer.running_square, chi, 1 - layer.momentum)
+        layer.running_square.copy_(running[-1])
+        running = running[:-1]
+    return chi, running, (step > max(1000, layer.warmup))[:, None], own
 
 
 def _imagenet(layer: "MABN2d", square: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -99,21 +119,22 @@ class _MABN(torch.autograd.Function):
     def forward(ctx, x, weight, bias, gain, inverse, own, window):
         ctx.save_for_backward(x, weight, gain, inverse, own)
         ctx.window = window
-        size = x.shape[0] // len(gain)
-        return m.affine(x, (weight * gain).repeat_interleave(size, 0), bias[None])
+        scale = m.spread(weight * gain, len(x))
+        return m.affine(x, scale, bias.expand_as(scale))
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy):
         x, weight, gain, inverse, own = ctx.saved_tensors
-        groups, area = len(gain), x.shape[2] * x.shape[3]
-        size = x.shape[0] // groups
-        dy = m.promote(dy)
-        dyx = (dy * x).sum((2, 3)).view(groups, size, -1).sum(1)  # (G, C)
+        groups, n = len(gain), x.numel() // gain.numel()
+        rows = 1 if groups == 1 else len(x)
+        total, product = m.sums(dy, x, gain.new_zeros(rows, len(weight)))
+        product = m.gather(product, groups)
         scale = weight * gain
-        psi = _window_mean(ctx.window, scale * dyx / (size * area), own)
-        back = (inverse**2 * psi).repeat_interleave(size, 0)[:, :, None, None]
-        dx = dy * scale.repeat_interleave(size, 0)[:, :, None, None] - x * back
-        return dx.to(x.dtype), (gain * dyx).sum(0), dy.sum((0, 2, 3)), None, None, None, None
+        psi = _window_mean(ctx.window, scale * product / n, own)
+        b = inverse.square() * psi
+        dx = m.combine(dy, m.spread(scale, len(x)), x, m.spread(b.neg_(), len(x)))
+        return dx, (gain * product).sum(0), total.sum(0), None, None, None, None
 
 
 class MABN2d(nn.Module):
@@ -166,21 +187,16 @@ class MABN2d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         m.check_4d(x)
         if self.training:
-            if torch.compiler.is_compiling() and not COMPILES:
-                raise RuntimeError(
-                    f"MABN2d: torch.compile of torch {torch.__version__} loses its gradients; "
-                    f"expected torch 2.14 or newer, or no compilation"
-                )
             return _MABN.apply(x, self.weight, self.bias, *self.update(x), self.window_product)
-        scale = self.weight * torch.rsqrt(self.running_square + self.eps)
-        return m.affine(x, scale[None], self.bias[None])
+        mean = torch.zeros_like(self.running_square)
+        state = (mean, self.running_square, self.weight, self.bias)
+        return F.batch_norm(x, *state, training=False, eps=self.eps)
 
     @torch.no_grad()
     def update(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Move the forward state on; returns r / sqrt(chi_bar + eps), 1 / sqrt(chi_bar + eps) and
         which batches use their own values."""
-        square = m.promote(x).square().mean((2, 3))
-        square = m.split(square, self.batch_size).mean(1)  # (G, C)
+        square = m.split(m.mean_square(x), self.batch_size).mean(1)  # (G, C)
         count = _imagenet if self.version == "imagenet" else _release
         chi, running, free, own = count(self, square)
         self.num_batches_tracked += len(square)

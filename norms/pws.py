@@ -21,12 +21,12 @@ from functools import partial
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.init import _calculate_correct_fan
 
 from norms.moments import promote
 from norms.scheme import Scheme, he_init, identity
+from norms.ws_gn import standardize
 
 
 class PWSConv2d(nn.Conv2d):
@@ -63,14 +63,7 @@ class PWSConv2d(nn.Conv2d):
 
     def standardized(self) -> Tensor:
         """The weights that the convolution uses."""
-        # One fused call: a batch norm over the filters as channels is the formula to the letter
-        # (biased variance, gamma inside the root). The permuted view keeps channels-last weights
-        # channels-last without a copy.
-        out, weight = self.out_channels, self.weight.permute(0, 2, 3, 1)
-        flat = weight.reshape(1, out, -1)
-        scale = self.alpha * self.gain
-        flat = F.batch_norm(flat, None, None, scale, training=True, eps=self.gamma)
-        return flat.reshape(weight.shape).permute(0, 3, 1, 2)
+        return standardize(self.weight, self.gamma, self.alpha * self.gain)
 
     def forward(self, x: Tensor) -> Tensor:
         return self._conv_forward(x, self.standardized(), self.bias)

@@ -12,10 +12,61 @@ here; every convolution is standardized, the stem and the shortcuts included, th
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
+from norms import moments as m
 from norms.gn import check_groups, group_norm
 from norms.scheme import Scheme, conv
+
+
+def as_rows(weight: Tensor) -> Tensor:
+    """A view of (C_out, C_in, k, k) filters as (1, C_out, n, 1), whichever way they are stored."""
+    if not weight.is_contiguous():
+        weight = weight.permute(0, 2, 3, 1)  # channels-last
+    return weight.reshape(1, len(weight), -1, 1)
+
+
+def as_filters(rows: Tensor, weight: Tensor) -> Tensor:
+    """Back to the shape of `weight` and to the way in which it is stored."""
+    if weight.is_contiguous():
+        return rows.view_as(weight)
+    return rows.view(weight.permute(0, 2, 3, 1).shape).permute(0, 3, 1, 2)
+
+
+def standardize(weight: Tensor, eps: float, scale: Tensor | None = None) -> Tensor:
+    """scale * (W - mean) / sqrt(var + eps) with the biased variance, in one fused call: it is group
+    norm over the filters as groups. Channels-last weights stay so, without a copy."""
+    rows = as_rows(weight)
+    return as_filters(F.group_norm(rows, len(weight), scale, eps=eps), weight)
+
+
+class _Standardize(torch.autograd.Function):
+    """(W - mean) / (std + eps) with the unbiased or the biased deviation: no call has this form."""
+
+    @staticmethod
+    def forward(ctx, weight, eps, unbiased):
+        rows = as_rows(weight)
+        mean, var = m.moments(rows)
+        n = rows.shape[2] - unbiased
+        std = torch.sqrt(var * (rows.shape[2] / n))
+        inverse = 1 / (std + eps)
+        ctx.save_for_backward(weight, mean, std, inverse)
+        ctx.n = n
+        return as_filters(m.affine(rows, inverse, -mean * inverse), weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        weight, mean, std, inverse = ctx.saved_tensors
+        rows = as_rows(weight)
+        dy = dy if weight.is_contiguous() else dy.permute(0, 2, 3, 1)
+        dy = dy.reshape(rows.shape)
+        total, product = m.sums(dy, rows, mean)
+        b = torch.where(std > 0, inverse.square() * product / (-ctx.n * std), 0.0)
+        c = inverse * total / -rows.shape[2] - b * mean
+        return as_filters(m.combine(dy, inverse, rows, b, c), weight), None, None
 
 
 class WSConv2d(nn.Conv2d):
@@ -43,12 +94,14 @@ class WSConv2d(nn.Conv2d):
 
     def standardized(self) -> Tensor:
         """The weights that the convolution uses."""
-        dims, n = (1, 2, 3), int(self.unbiased)
-        if self.eps_inside:
-            var, mean = torch.var_mean(self.weight, dims, correction=n, keepdim=True)
-            return (self.weight - mean) * torch.rsqrt(var + self.eps)
-        std, mean = torch.std_mean(self.weight, dims, correction=n, keepdim=True)
-        return (self.weight - mean) / (std + self.eps)
+        if not self.eps_inside:
+            return _Standardize.apply(self.weight, self.eps, self.unbiased)
+        if not self.unbiased:
+            return standardize(self.weight, self.eps)
+        # sqrt(var n / (n - 1) + eps) = sqrt(n / (n - 1)) sqrt(var + eps (n - 1) / n)
+        n = self.weight[0].numel()
+        scale = self.weight.new_full((self.out_channels,), ((n - 1) / n) ** 0.5)
+        return standardize(self.weight, self.eps * (n - 1) / n, scale)
 
     def forward(self, x: Tensor) -> Tensor:
         return self._conv_forward(x, self.standardized(), self.bias)
