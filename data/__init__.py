@@ -127,6 +127,7 @@ def load(
         keys |= {key: config[key] for key in ("size", "workers", "on_error")}
         keys["resize"] = round(config.size * 8 / 7) if config.resize is None else config.resize
         loader = Stream(train, test, sgd_batch, seed, say=say, **own, **keys)
-    if (recipe.mixup or recipe.cutmix) and not few:
-        return Mixed(loader, recipe.mixup, recipe.cutmix, source.num_classes, seed, share[0])
+    mixup, cutmix = recipe.get("mixup", 0.0), recipe.get("cutmix", 0.0)
+    if (mixup or cutmix) and not few:
+        return Mixed(loader, mixup, cutmix, source.num_classes, seed, share[0])
     return loader

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 import data
 import norms
+from data.stream import CROPS
 from scripts.export import configuration, outcome, trained
 from training import device as devices
 from training.cli import MISTAKES, explain
@@ -70,7 +71,8 @@ class Images:
     """The test images of a configuration, whatever its training makes of the others."""
 
     def __init__(self, cfg: DictConfig):
-        stream = cfg.data.name == "imagenet"
+        photographs = cfg.data.name == "folder" and cfg.recipe.crop in CROPS
+        stream = cfg.data.name == "imagenet" or photographs
         pixels = cfg.recipe.get("pixels", "standardized") if stream else "standardized"
         crop = "random_resized" if stream else 0
         self.cfg = cfg

@@ -401,7 +401,7 @@ MISTAKES = [
     (["recipe.crop=-1"], 1, ["recipe.crop=-1: expected a whole number from 0, random_r"]),
     (["recipe.crop=centre"], 1, ["recipe.crop=centre: expected a whole number from 0, rand"]),
     (["recipe.crop=random_square"], 1, ["recipe.crop=random_square: data=digits", "zero padding"]),
-    (["recipe=imagenet", "recipe.crop=1", "recipe.lighting=0.1"], 1, ["lighting=0.1: is for data"]),
+    (["recipe=imagenet", "recipe.crop=1", "recipe.lighting=0.1"], 1, ["lighting=0.1: is for ph"]),
     (["recipe=imagenet", "recipe.pixels=bgr"], 1, ["recipe.pixels=bgr: expected standardized, b"]),
     (["data=imagenet", "recipe.crop=4"], 1, ["recipe.crop=4: data=imagenet", "random_resized or"]),
     (["data=imagenet"], 1, ["data.root=null: data=imagenet needs the path", "train/<wnid>/*.JPEG"]),
