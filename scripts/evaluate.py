@@ -71,18 +71,18 @@ class Images:
     """The test images of a configuration, whatever its training makes of the others."""
 
     def __init__(self, cfg: DictConfig):
-        photographs = cfg.data.name == "folder" and cfg.recipe.crop in CROPS
-        stream = cfg.data.name == "imagenet" or photographs
-        pixels = cfg.recipe.get("pixels", "standardized") if stream else "standardized"
-        crop = "random_resized" if stream else 0
-        self.cfg = cfg
-        self.recipe = OmegaConf.create(
-            {"crop": crop, "flip": False, "lighting": 0.0, "pixels": pixels}
-        )
-        self.source = data.find(cfg.data, 1, self.recipe)
+        plain = {"flip": False, "lighting": 0.0, "mixup": 0.0, "cutmix": 0.0}
+        recipe = OmegaConf.merge(cfg.recipe, plain)
+        if recipe.crop not in CROPS:
+            recipe.crop = "random_resized" if cfg.data.name == "imagenet" else 0
+        elif cfg.data.name not in ("imagenet", "folder"):  # which have images of all sizes
+            recipe = OmegaConf.merge(recipe, {"crop": 0, "pixels": "standardized"})
+        self.cfg, self.recipe = cfg, recipe
+        self.source = data.find(cfg.data, 1, recipe)
 
-    def load(self, where: torch.device) -> Any:
-        return data.load(self.source, self.cfg.data, self.recipe, 1, self.cfg.seed, where, say)
+    def load(self, where: torch.device, debug: Any = None) -> Any:
+        keys = dict(say=say, debug=debug)
+        return data.load(self.source, self.cfg.data, self.recipe, 1, self.cfg.seed, where, **keys)
 
 
 def normalize_as(loader: Any, pixels: dict[str, Any]) -> bool:
@@ -118,14 +118,15 @@ def measure(run: Path, overrides: list[str], folded: bool, averaged: bool) -> di
             f"data={cfg.data.name}: {source.num_classes} classes and {source.channels} channels; "
             f"expected the run's {classes} and {channels}"
         )
-    model, _, state = trained(run, cfg, classes, channels, averaged)
+    model, scheme, state = trained(run, cfg, classes, channels, averaged)
     if folded:
         model = norms.fold(model)
     devices.prepare(where, cfg.runtime.threads, state, say)
-    loader = images.load(where)
+    debug = own.get("debug")  # a run that looked at some images only
+    loader = images.load(where, debug if same else None)
     pixels = result["pixels"] if result else None
     if pixels is None:
-        origin = loader if same else home.load(torch.device("cpu"))
+        origin = loader if same else home.load(torch.device("cpu"), debug)
         pixels = {"mean": origin.mean, "std": origin.std, "reversed": origin.reversed}
     reverse = normalize_as(loader, pixels)
     for i, (here, there) in enumerate(zip(source.classes, home.source.classes, strict=False)):
@@ -146,7 +147,8 @@ def measure(run: Path, overrides: list[str], folded: bool, averaged: bool) -> di
             truth.append(labels.cpu())
             yield x.flip(1) if reverse else x, labels
 
-    model.to(where).register_forward_hook(answer)
+    layout = devices.memory_format(where, cfg.runtime.get("channels_last"), scheme.channels_last)
+    model.to(where).to(memory_format=layout).register_forward_hook(answer)
     half = torch.float16 if cfg.recipe.precision == "float16" else torch.bfloat16
     with torch.autocast(where.type, half, enabled=cfg.recipe.precision != "float32"):
         found = evaluate(model, batches())

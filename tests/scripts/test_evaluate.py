@@ -173,7 +173,7 @@ def photographs(root):
 
 @pytest.mark.parametrize("pixels", ["standardized", "bgr_255"])
 def test_photographs(train, evaluated, tmp_path, pixels):
-    """Also those of a run that saw them in another order of channels, from a folder in memory."""
+    """Also those of a run that saw them in another order of channels, and as a folder."""
     root = photographs(tmp_path / "tree")
     words = ["data=imagenet", f"data.root={root}", "data.complete=false", "data.size=32"]
     words += ["data.resize=36", "data.workers=0", "model=resnet8", "recipe=imagenet_mabn"]
@@ -185,10 +185,40 @@ def test_photographs(train, evaluated, tmp_path, pixels):
     assert [(r["name"], r["images"]) for r in found["classes"]] == [
         ("n01", 2), ("n02", 2), ("n03", 2)]  # fmt: skip
 
-    # The folder's images are scaled by another filter, so their logits are alike, not equal.
     other = evaluated(done.run(), "data=folder", f"data.root={root}", "data.size=32",
-                      f"data.cache={tmp_path}")  # fmt: skip
-    assert other["loss"] == pytest.approx(found["loss"], rel=0.1)
+                      "data.resize=36", "data.workers=0")  # fmt: skip
+    assert other["loss"] == pytest.approx(found["loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_images_in_memory_with_the_pixels_of_another_run(reverse):
+    """Formula by hand; `mean` and `std` are of the channels as the network gets them."""
+    _, split = data.sources.synthetic(4, 3, 3, 6, 6).read()
+    loader = data.Loader(split, split, 1, 0)
+    mean, std = [0.1, 0.2, 0.3], [0.5, 0.6, 0.7]
+    pixels = {"mean": mean, "std": std, "reversed": reverse}
+    assert evaluate.normalize_as(loader, pixels) is reverse
+    [(images, _)] = loader.test(6)
+    found = images.flip(1) if reverse else images
+    raw = split.images.flip(1) if reverse else split.images
+    expected = (raw / 255 - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
+    assert torch.allclose(found, expected, atol=1e-5)
+
+
+def test_a_debug_run_is_evaluated_on_what_it_saw(train, evaluated):
+    run = train("debug=overfit", "batch=8").run()
+    result = json.loads((run / "result.json").read_text())
+    found = evaluated(run)
+    assert (found["images"], found["top1"], found["loss"]) == (
+        64, result["top1"], result["test_loss"])  # fmt: skip
+    assert evaluated(run, "data.train_fraction=1.0", "data.holdout=0.1")["images"] > 64
+
+
+def test_the_moving_average_is_what_a_run_was_judged_by(train, evaluated):
+    run = train("recipe.ema=0.9", "batch=8").run()
+    found = evaluated(run)
+    assert (found["weights"], found["as_in_result"]) == ("average", True)
+    assert evaluated(run, "--last")["loss"] != found["loss"]
 
 
 def test_of_many_classes_the_two_ends(capsys):
