@@ -65,15 +65,15 @@ def join(cfg: Any) -> None:
 
 
 def speaks() -> bool:
-    """Whether this process is to tell of an error: of several that meet it, the quickest does."""
-    if store is None:
-        if rank() > 0:
-            time.sleep(1)  # the first has so long before torchrun ends it, too
-        return rank() == 0
-    try:
-        return store.add("told", 1) == 1
-    except RuntimeError:  # it went with the first process
-        return True
+    """Whether this process is to tell of an error: of several that meet it, the quickest does. The
+    others give it a moment, since torchrun ends all when one of them ends."""
+    quickest = rank() == 0
+    if store is not None:
+        with suppress(RuntimeError):  # it went with the first process
+            quickest = store.add("told", 1) == 1
+    if not quickest:
+        time.sleep(2)
+    return quickest
 
 
 def lost(error: BaseException) -> bool:

@@ -130,6 +130,7 @@ def test_a_lost_process_ends_the_run_and_the_same_command_goes_on(tmp_path):
     assert "process 0 of 2: lost another process of this run" in said[0]
     assert "the same command goes on from the last checkpoint" in said[0]
 
+    (folder(runs) / "progress.json").unlink()
     process = start(2, runs, *command)
     until(lambda: (folder(runs) / "progress.json").exists(), process)
     process.send_signal(signal.SIGTERM)
