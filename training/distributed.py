@@ -67,10 +67,10 @@ def join(cfg: Any) -> None:
 def speaks() -> bool:
     """Whether this process is to tell of an error: of several that meet it, the quickest does. The
     others give it a moment, since torchrun ends all when one of them ends."""
-    quickest = rank() == 0
-    if store is not None:
-        with suppress(RuntimeError):  # it went with the first process
-            quickest = store.add("told", 1) == 1
+    try:
+        quickest = store.add("told", 1) == 1 if store is not None else rank() == 0
+    except RuntimeError:  # the store went with the first process
+        quickest = True
     if not quickest:
         time.sleep(2)
     return quickest
