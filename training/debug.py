@@ -49,7 +49,8 @@ def recording(debug: Any, recipe: Any, folder: Path, say: Say) -> Iterator[None]
 
     first = recipe.updates - debug.updates
     schedule = profiler.schedule(wait=first - 1, warmup=1, active=debug.updates, repeat=1)
-    with profiler.profile(schedule=schedule, on_trace_ready=done) as profile:
+    # acc_events: there is one cycle, and torch 2.11 warns that a second one would forget it
+    with profiler.profile(schedule=schedule, on_trace_ready=done, acc_events=True) as profile:
         hook = register_optimizer_step_post_hook(lambda *_: profile.step())
         try:
             yield
