@@ -41,7 +41,7 @@ def _is_plain(layer: nn.Module) -> bool:
 
 def _convolutions_before(network: nn.Module) -> dict[str, str]:
     """{norm: convolution} where a norm is all that uses a convolution's output."""
-    if _is_norm(network):
+    if _is_norm(network) or isinstance(network, nn.Conv2d):
         return {}
     try:
         graph = _Tracer().trace(network)
