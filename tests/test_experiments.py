@@ -232,7 +232,7 @@ def test_presets_yield_to_the_command_line():
     cfg = composed("experiment=gn_imagenet", *words.split(), "protocol.sgd_batch=64")
     assert (cfg.model.name, cfg.data.name, cfg.norm.name) == ("resnet18", "cifar10", "mabn")
     assert (cfg.recipe.name, cfg.recipe.epochs) == ("cifar", 30)
-    assert protocol.plan(cfg) == protocol.Plan(4, 64, 4, 0.05)
+    assert protocol.plan(cfg) == protocol.Plan(4, 64, 1, 4, 0.05)
     cfg = composed("experiment=mabn_imagenet", "data=synthetic", "recipe.updates=10")
     assert (cfg.model.name, cfg.recipe.name) == ("resnet50", "imagenet_mabn")  # the preset's own
     cfg = composed("experiment=bcn_cifar", "data=cifar100", "recipe.lr=0.3")
