@@ -93,7 +93,8 @@ def affine(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
         flat = _as_channels(x, len(scale))
         scale, shift = scale.reshape(-1), shift.reshape(-1)
         zero, one = torch.zeros_like(scale), torch.ones_like(scale)
-        return torch.native_batch_norm(flat, scale, shift, zero, one, False, 0.0, 0.0)[0].view_as(x)
+        y = torch.native_batch_norm(flat, scale, shift, zero, one, False, 0.0, 0.0)[0]
+        return torch.ops.aten._unsafe_view(y, x.shape)  # a view could not be changed in place
     return to_type(torch.addcmul(_over_maps(shift), x, _over_maps(scale)), x)
 
 

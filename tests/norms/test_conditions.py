@@ -164,6 +164,15 @@ def test_order_of_modes_and_frozen_layers(name):
 
 
 @pytest.mark.parametrize("name", CASES)
+def test_an_activation_may_change_the_output_in_place(name):
+    layer, other, x = Pair(name, 2), Pair(name, 2), images(name, 2)
+    same(
+        step(nn.Sequential(*layer, nn.ReLU(inplace=True)), x),
+        step(nn.Sequential(*other, nn.ReLU()), x),
+    )
+
+
+@pytest.mark.parametrize("name", CASES)
 def test_meta_device(name):
     layer = Pair(name, 2).to("meta")
     with warnings.catch_warnings():
