@@ -1,12 +1,13 @@
 # make quickstart   train six schemes at four batch sizes, then show the table and the figure
 # make test         the test suite
 # make lint         formatting, lint and types
+# make bench        the benchmarks, at sizes for two CPU cores
 # make setup        the environment in .venv (the others do this too)
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup quickstart test lint
+.PHONY: setup quickstart test lint bench
 setup: .venv/done
 
 # A second call finds the stamp and is quick; another pyproject or constraints renews it.
@@ -29,6 +30,13 @@ quickstart: setup
 
 test: setup
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+# Into runs/benchmarks; without --out they renew results/.
+bench: setup
+	$(BIN)/python benchmarks/layers.py --quick --out runs/benchmarks/layers
+	$(BIN)/python benchmarks/training.py --rounds 5 --out runs/benchmarks/training
+	$(BIN)/python benchmarks/inference.py --quick --out runs/benchmarks/inference
+	$(BIN)/python benchmarks/process.py --rounds 3 --out runs/benchmarks/process
 
 lint: setup
 	$(BIN)/ruff format --check .

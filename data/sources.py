@@ -5,6 +5,7 @@ classes and the shape of an image at once, and reads the images only when asked.
 """
 
 import hashlib
+import importlib.util
 import os
 import zipfile
 from collections.abc import Callable
@@ -44,11 +45,14 @@ def digits() -> Source:
     Optical Recognition of Handwritten Digits): four fifths of each class train, one fifth tests."""
 
     def read() -> tuple[Split, Split]:
-        from sklearn.datasets import load_digits
-
-        pixels, labels = load_digits(return_X_y=True)
-        images = np.round(pixels.reshape(-1, 1, 8, 8) * (255 / 16)).astype(np.uint8)
-        everything = Split(torch.from_numpy(images), torch.from_numpy(labels).long())
+        # The file itself: load_digits brings all of scikit-learn and scipy, seconds before a start.
+        package = importlib.util.find_spec("sklearn")
+        if package is None or package.origin is None:
+            raise ValueError("data=digits: needs scikit-learn; pip install scikit-learn")
+        file = Path(package.origin).parent / "datasets" / "data" / "digits.csv.gz"
+        table = np.loadtxt(file, delimiter=",", dtype=np.int64)
+        images = np.round(table[:, :-1].reshape(-1, 1, 8, 8) * (255 / 16)).astype(np.uint8)
+        everything = Split(torch.from_numpy(images), torch.from_numpy(table[:, -1]))
         return stratified(everything, 0.8, salt=0)
 
     return Source(10, 1, 8, 1438, False, read, [str(digit) for digit in range(10)])

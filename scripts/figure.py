@@ -184,7 +184,8 @@ def draw(table: "Table", folder: Path, suffix: str = "") -> list[Path]:
 
 
 def numbers(table: "Table", file: Path) -> Path | None:
-    """The table's numbers against its columns, and dashed what is published."""
+    """The table's numbers against its columns, with a mark where a run was made, and dashed what is
+    published."""
     from matplotlib.lines import Line2D
 
     if not any(cell.values for cells in table.cells.values() for cell in cells.values()):
@@ -196,7 +197,9 @@ def numbers(table: "Table", file: Path) -> Path | None:
         place = across(axes, columns, table)
         ends = []
         for row, (colour, marker) in styles(table).items():
-            ours = [(place[c], cell.values) for c, cell in table.cells[row].items() if cell.values]
+            cells = {c: cell for c, cell in table.cells[row].items() if cell.values}
+            ours = [(place[c], cell.values) for c, cell in cells.items()]
+            trained = [i for i, cell in enumerate(cells.values()) if not cell.filled]
             theirs = [(place[b], [x]) for b, x in table.curves.get(row, {}).items()]
             dashed: dict[str, Any] = {
                 "linestyle": (0, (4, 2)),
@@ -204,7 +207,7 @@ def numbers(table: "Table", file: Path) -> Path | None:
                 "markerfacecolor": "white",
             }
             line(axes, theirs, colour, marker=marker, **dashed)
-            line(axes, ours, colour, marker=marker)
+            line(axes, ours, colour, marker=marker, markevery=trained)
             if ours or theirs:
                 x, values = (ours or theirs)[-1]
                 ends.append((label(row), colour, x, statistics.fmean(values)))
@@ -239,11 +242,14 @@ def training_curves(table: "Table", file: Path, most: int = 4) -> Path | None:
     columns = [c for c, rows in points.items() if any(len(x) > 1 for x in rows.values())]
     if not columns:
         return None
+    title = table.title
     if len(columns) > most:
-        columns = [columns[round(i * (len(columns) - 1) / (most - 1))] for i in range(most)]
+        shown = [columns[round(i * (len(columns) - 1) / (most - 1))] for i in range(most)]
+        left = ", ".join(label(c) for c in columns if c not in shown)
+        columns, title = shown, f"{title}; not drawn: {axis(table.axes[1])} {left}"
     shape = (math.ceil(len(columns) / 2), min(2, len(columns)))
     size = (7 if len(columns) > 1 else 6, 0.9 + 2.5 * shape[0])
-    with figure(file, table.title, shape, size, sharex=True, sharey=True) as (drawn, panels):
+    with figure(file, title, shape, size, sharex=True, sharey=True) as (drawn, panels):
         for axes, column in zip(panels, columns, strict=False):
             for i, (row, (colour, marker)) in enumerate(styles(table).items()):
                 epochs = points[column][row]

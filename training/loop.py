@@ -176,7 +176,8 @@ def train(
 def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> dict[str, float]:
     """Mean cross-entropy and the accuracies in %, over every image once."""
     model.eval()
-    sums = torch.zeros(4, dtype=torch.float64, device=next(model.parameters()).device)
+    device = next(model.parameters(), torch.empty(0)).device
+    sums = torch.zeros(4, dtype=torch.float64, device=device)
     for images, labels in batches:
         logits = model(images).float()
         hits = logits.topk(min(5, logits.shape[1]), 1).indices == labels[:, None]

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from omegaconf import OmegaConf
 from PIL import Image
+from sklearn.datasets import load_digits
 
 import data
 from data import Loader, Split
@@ -125,6 +126,10 @@ def test_digits():
     together = torch.cat([train.images, test.images]).flatten(1)
     assert len(together.unique(dim=0)) == 1797
     assert torch.bincount(test.labels).min() >= 34
+    pixels, labels = load_digits(return_X_y=True)
+    theirs = np.column_stack([(pixels * (255 / 16)).round(), labels]).tolist()
+    ours = torch.column_stack([together, torch.cat([train.labels, test.labels])]).tolist()
+    assert sorted(ours) == sorted(theirs)
 
 
 def config(**values):

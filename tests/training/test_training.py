@@ -85,7 +85,7 @@ def test_weight_decay_by_type_of_module(name):
 def plan(batch, devices=1, **numbers):
     cfg = {"batch": batch, "recipe": RECIPE, "protocol": {"sgd_batch": None, "forward": batch}}
     numbers["name"] = "ghost" if numbers else "direct"
-    return protocol.plan(OmegaConf.merge(cfg, {"protocol": numbers}), devices)
+    return protocol.plan(OmegaConf.merge(cfg, {"protocol": numbers, "devices": devices}))
 
 
 @pytest.mark.parametrize(
