@@ -58,17 +58,27 @@ def until(condition, process: subprocess.Popen[str]) -> None:
         time.sleep(0.02)
 
 
+GHOST = ["norm=bn,gn,ws_gn,pws", "batch=4", "protocol=ghost", "protocol.sgd_batch=24"]
+GHOST.append("recipe.updates=8")
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory) -> Path:
+    """Runs of a single process."""
+    runs = tmp_path_factory.mktemp("one")
+    status, _, err = run(1, runs, *GHOST)
+    assert status == 0, err
+    return runs
+
+
 @pytest.mark.parametrize("processes", [2, 3])
-def test_processes_share_an_sgd_batch(tmp_path, processes):
+def test_processes_share_an_sgd_batch(one, tmp_path, processes):
     """Without batch statistics, and with those of a process's own batches, many processes compute
     what one computes under `ghost`."""
-    norms = "norm=bn,gn,ws_gn,pws"
-    args = [norms, "batch=4", "protocol=ghost", "protocol.sgd_batch=24", "recipe.updates=8"]
-    one, many = tmp_path / "one", tmp_path / "many"
-    for count, runs in ((1, one), (processes, many)):
-        status, out, err = run(count, runs, *args)
-        assert status == 0, err
-        assert "error" not in err
+    many = tmp_path / "many"
+    status, out, err = run(processes, many, *GHOST)
+    assert status == 0, err
+    assert "error" not in err
     assert out.count("top-1") == 4, out  # said once
     assert f"on each of {processes} devices, one forward pass" in out
     for norm in ("bn", "gn", "ws_gn", "pws"):
