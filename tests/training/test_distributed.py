@@ -59,7 +59,7 @@ def until(condition, process: subprocess.Popen[str]) -> None:
 
 
 GHOST = ["norm=bn,gn,ws_gn,pws", "batch=4", "protocol=ghost", "protocol.sgd_batch=24"]
-GHOST.append("recipe.updates=8")
+GHOST.append("recipe.updates=5")  # later a rounding error may turn a ReLU around
 
 
 @pytest.fixture(scope="module")
