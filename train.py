@@ -22,7 +22,7 @@ def main(cfg: DictConfig) -> float | None:
     import data
     import models
     import norms
-    from training import config, debug, device, distributed, loop, probes, protocol, report
+    from training import config, debug, device, distributed, graph, loop, probes, protocol, report
     from training.progress import say
     from training.run import Run
     from training.tensorboard import TensorBoard
@@ -50,6 +50,7 @@ def main(cfg: DictConfig) -> float | None:
     probe = probes.build(**cfg.probe, model=model, batch=plan.batch)
     shape = (plan.forward, source.channels, source.size, source.size)
     models.rehearse(model, shape, source.num_classes)
+    graph.wanted(cfg, where)
     if cfg.runtime.compile:
         device.check_compiler(where)
 

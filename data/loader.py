@@ -91,7 +91,9 @@ class Loader:
         mirrored = rng.integers(0, 2, count) * self.flip
         draws = torch.from_numpy(np.column_stack([order, shifts[order], mirrored[order]]))
         block = max(1, BLOCK // size) * size
-        for part in draws.to(self.images.device).split(block):
+        if self.images.is_cuda:  # so that nothing waits for the copy
+            draws = draws.pin_memory()
+        for part in draws.to(self.images.device, non_blocking=True).split(block):
             images, labels = self.augment(*part.T)
             yield from zip(images.split(size), labels.split(size), strict=True)
 

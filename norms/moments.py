@@ -8,13 +8,17 @@ moments, and again while y is written; backward x and dy are read for their sums
 is written: the passes of batch norm. Everything between is a few small tensors of shape (N, C), and
 these and x are all that is kept for the backward pass.
 
-`moments`, `mean_square`, `affine`, `sums` and `combine` are the functions that touch activations.
-Eager on a CPU they call those of PyTorch's kernels that are vectorized, as if every map were a
-channel or a group (`torch.var_mean`, and batch norm of contiguous images, add up one value after
-another there); everywhere else they are plain operations, which a compiler fuses. Two things more
-than those passes happen eagerly: the kernel for the moments writes the normalized maps as well,
-which are thrown away, and dx is written in two steps.
+`moments`, `mean_square`, `affine`, `sums` and `combine` are the functions that touch activations. On
+a GPU each is a kernel of `norms/kernels.py`, in just those passes. On a CPU they call those of
+PyTorch's kernels that are vectorized, as if every map were a channel or a group (`torch.var_mean`,
+and batch norm of contiguous images, add up one value after another there), which costs two things
+more than those passes: the kernel for the moments writes the normalized maps as well, which are
+thrown away, and dx is written in two steps. Everywhere else they are plain operations, which a
+compiler fuses.
 """
+
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,10 +49,28 @@ def to_type(y: Tensor, x: Tensor) -> Tensor:
     return y if y.dtype == x.dtype else y.to(x.dtype)
 
 
+def _eager() -> bool:
+    """Whether a kernel may be called, which nobody could differentiate or fuse."""
+    return not torch.compiler.is_compiling() and not torch.is_grad_enabled()
+
+
+def _kernels(x: Tensor) -> Any:
+    """`norms.kernels` where they are for x, else None."""
+    return _triton() if x.is_cuda and _eager() else None
+
+
+@cache
+def _triton() -> Any:
+    try:
+        from norms import kernels
+    except ImportError:  # PyTorch for some systems comes without Triton
+        return None
+    return kernels
+
+
 def _vectorized(x: Tensor) -> bool:
-    """Whether to view maps as channels for a CPU kernel; nothing of that is differentiable."""
-    eager = not torch.compiler.is_compiling() and not torch.is_grad_enabled()
-    return eager and x.device.type == "cpu" and x.is_contiguous()
+    """Whether to view maps as channels for a CPU kernel."""
+    return _eager() and x.device.type == "cpu" and x.is_contiguous()
 
 
 def _as_channels(x: Tensor, rows: int) -> Tensor:
@@ -64,6 +86,8 @@ def _over_maps(values: Tensor) -> Tensor:
 @torch.no_grad()
 def moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of every map, not differentiable: (N, C, H, W) -> (N, C), (N, C)."""
+    if kernels := _kernels(x):
+        return pool(*kernels.moments(x), dim=1)
     if _vectorized(x):
         n, c, h, w = x.shape
         one = x.new_ones(c, dtype=torch.promote_types(x.dtype, torch.float32))
@@ -81,6 +105,8 @@ def moments(x: Tensor) -> tuple[Tensor, Tensor]:
 @torch.no_grad()
 def mean_square(x: Tensor) -> Tensor:
     """Mean of x^2 over every map, not differentiable: (N, C, H, W) -> (N, C)."""
+    if kernels := _kernels(x):
+        return kernels.moments(x, centered=False)[1].mean(1)
     if _vectorized(x):
         x = promote(x).flatten(2)
         return torch.linalg.vector_norm(x, dim=2).square_().div_(x.shape[2])
@@ -89,6 +115,8 @@ def mean_square(x: Tensor) -> Tensor:
 
 def affine(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """x * scale + shift, with (N, C) or (1, C) scale and shift, in the type of x."""
+    if kernels := _kernels(x):
+        return kernels.combine(None, None, x, scale, shift)
     if _vectorized(x):  # batch norm with given statistics, 0 and 1, on the fly
         flat = _as_channels(x, len(scale))
         scale, shift = scale.reshape(-1), shift.reshape(-1)
@@ -101,6 +129,10 @@ def affine(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
 def sums(dy: Tensor, x: Tensor, center: Tensor) -> tuple[Tensor, Tensor]:
     """The sums of dy and of dy * (x - center), for (N, C) centers of each map or, for (1, C), of
     each channel; in their shape."""
+    if kernels := _kernels(x):
+        over = (0, 1) if len(center) == 1 else 1  # parts of maps, and images
+        total, product = (v.sum(over).view_as(center) for v in kernels.sums(dy, x, center))
+        return total, product
     if _vectorized(x) and dy.is_contiguous():  # what batch norm's backward pass starts with
         rows, mean = len(center), center.reshape(-1)
         backward = torch.ops.aten.native_batch_norm_backward
@@ -116,6 +148,8 @@ def sums(dy: Tensor, x: Tensor, center: Tensor) -> tuple[Tensor, Tensor]:
 
 def combine(dy: Tensor, a: Tensor, x: Tensor, b: Tensor, c: Tensor | None = None) -> Tensor:
     """a * dy + b * x + c, with (N, C) or (1, C) numbers, in the type of x."""
+    if kernels := _kernels(x):
+        return kernels.combine(dy, a, x, b, c)
     if c is None:
         dx = x * _over_maps(b)
     elif _vectorized(x) and x.dtype == promote(x).dtype:
@@ -185,6 +219,8 @@ def split(x: Tensor, batch_size: int | None) -> Tensor:
 
 def pool(mean: Tensor, var: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of a union of equally large sets, from those of each set."""
+    if mean.shape[dim] == 1:
+        return mean.squeeze(dim), var.squeeze(dim)
     between, pooled = torch.var_mean(mean, dim=dim, correction=0)
     return pooled, var.mean(dim) + between
 

@@ -97,6 +97,7 @@ CHOICES: dict[str, tuple[str, ...]] = {  # beside a number, where the key is abo
     "recipe.precision": ("float32", "bfloat16", "float16"),
     "runtime.progress": ("auto", "bar", "lines", "none"),
     "runtime.channels_last": ("auto", "true", "false"),
+    "runtime.graph": ("auto", "true", "false"),
     "debug.name": ("one_batch", "overfit", "profile"),
 }
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from training import distributed
+from training import distributed, graph
 from training.checkpoints import Checkpoints
 from training.optimizer import learning_rate
 from training.probes import Probe, Sums
@@ -40,6 +40,8 @@ class Progress:
     diverged_at: int | None = None
     rows: list[dict[str, Any]] = field(default_factory=list)
     """Of metrics.csv."""
+    graph: bool = False
+    """Whether the steps came from a CUDA graph in the end."""
     probed: Sums = field(default_factory=dict)
     """What a probe has added up in this epoch so far."""
 
@@ -103,7 +105,8 @@ def train(
     per_epoch = len(loader)
     updates = recipe.updates or recipe.epochs * per_epoch
     epochs = math.ceil(updates / per_epoch)
-    step = Step(model, plan, recipe, runtime.compile)
+    device = next(model.parameters()).device
+    step = Step(model, plan, recipe, runtime.compile, graph.wanted(cfg, device), run.say)
     now = Progress()
     if state:
         step.load_state_dict(state)
@@ -166,6 +169,7 @@ def train(
             tensorboard.epoch(row)
             board.epoch(row, epochs)
             save()
+    now.graph = bool(step.recorded and step.recorded.replay)
     if now.diverged:
         now.update = now.diverged_at or 0  # however late somebody looked
         save()

@@ -44,7 +44,10 @@ def adamw(model: nn.Module, recipe: Any, lr: float) -> torch.optim.AdamW:
     """Adam with decoupled weight decay (arXiv 1711.05101): each step takes lr * weight_decay *
     weight from a weight."""
     groups = parameter_groups(model, recipe)
-    return torch.optim.AdamW(groups, lr=lr, betas=tuple(recipe.betas), fused=True)
+    on_gpu = groups[0]["params"][0].is_cuda  # where a step may be recorded
+    return torch.optim.AdamW(
+        groups, lr=lr, betas=tuple(recipe.betas), fused=True, capturable=on_gpu
+    )
 
 
 def build(model: nn.Module, recipe: Any, lr: float) -> torch.optim.Optimizer:

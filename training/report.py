@@ -8,6 +8,7 @@ import torch
 from omegaconf import DictConfig
 from torch import nn
 
+from training import graph
 from training.config import choices
 from training.loop import Progress
 from training.protocol import Plan
@@ -43,11 +44,14 @@ def describe(
     length = f"{recipe.updates} updates" if recipe.updates else f"{recipe.epochs} epochs of"
     length += f", an epoch has {per_epoch}" if recipe.updates else f" {per_epoch} updates"
     left = f", leaving out {loader.left_out} images" if loader.left_out else ""
+    why = graph.obstacle(cfg, device)
     extras = {f"{key} {recipe[key]:g}": recipe[key] for key in ("clip", "mixup", "cutmix")} | {
         "adamw": recipe.optimizer == "adamw",
         f"evaluated is the weights' moving average ({recipe.ema:g})": recipe.ema,
         "compiled": cfg.runtime.compile,
         "channels last in memory": channels_last(model),
+        "the step recorded as a CUDA graph": graph.wanted(cfg, device),
+        f"no CUDA graph, {why}": why and device.type == "cuda" and cfg.runtime.graph is not False,
     }
     also = ", ".join(text for text, there in extras.items() if there)
     also = f"  {also}\n" if also else ""
@@ -144,6 +148,7 @@ def result(
         "peak_memory_bytes": memory,
         "threads": torch.get_num_threads(),
         "compiled": cfg.runtime.compile,
+        "graph": now.graph,
         "channels_last": channels_last(model),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "versions": versions(),

@@ -7,7 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from training import distributed, optimizer
+from training.graph import Recorded
 from training.protocol import Plan
+from training.run import Say
 
 
 class Step:
@@ -16,10 +18,18 @@ class Step:
 
     `labels`: (S,) classes, or (S, classes) shares of mixed images, whose right answer is the class
     with the largest. Returns the mean loss of that part and how many answers are right, both still
-    on the device.
+    on the device. With `graph` all calls must have the same number of images.
     """
 
-    def __init__(self, model: nn.Module, plan: Plan, recipe: Any, compiled: bool = False):
+    def __init__(
+        self,
+        model: nn.Module,
+        plan: Plan,
+        recipe: Any,
+        compiled: bool = False,
+        graph: bool = False,
+        say: Say = print,
+    ):
         self.model, self.plan, self.recipe = model, plan, recipe
         self.network: Any = model  # what computes, with the weights of `model`
         if compiled:
@@ -31,6 +41,8 @@ class Step:
             self.device.type, half, enabled=recipe.precision != "float32"
         )
         self.optimizer = optimizer.build(model, recipe, plan.lr)
+        # On a GPU the learning rate lies there, where a recorded step finds it.
+        self.lr = torch.tensor(plan.lr, device=self.device) if self.device.type == "cuda" else None
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=recipe.precision == "float16")
         self.gradients = distributed.flat_gradients(model)
         self.average: Any = None
@@ -38,6 +50,7 @@ class Step:
             from timm.utils import ModelEmaV3  # two seconds
 
             self.average = ModelEmaV3(model, recipe.ema)
+        self.recorded = Recorded(self.compute, self.device, say) if graph else None
 
     @property
     def evaluated(self) -> nn.Module:
@@ -45,8 +58,14 @@ class Step:
         return self.average.module if self.average else self.model
 
     def __call__(self, images: Tensor, labels: Tensor, lr: float) -> tuple[Tensor, Tensor]:
+        if self.lr is not None:
+            self.lr.fill_(lr)
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr if self.lr is None else self.lr
+        return (self.recorded or self.compute)(images, labels)
+
+    def compute(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """All of it on the device, waiting for nothing."""
         self.optimizer.zero_grad(set_to_none=not self.gradients)
         loss, correct = torch.zeros(2, device=self.device).unbind()
         passes = zip(images.split(self.plan.forward), labels.split(self.plan.forward), strict=True)

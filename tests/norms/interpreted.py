@@ -1,0 +1,110 @@
+"""The GPU's kernels on the CPU, through Triton's interpreter: each against float64, and all layers
+that use them against what they compute without. Run by test_kernels.py."""
+
+import pytest
+import torch
+
+import norms
+from norms import kernels
+from norms import moments as m
+from tests.norms.test_layers import randomize
+
+kernels.TILE, kernels.PROGRAMS = 256, 8  # interpreting takes long
+
+def images(shape, dtype=torch.float64, last=False):
+    x = torch.randn(shape, dtype=dtype) * 2 + 3
+    return x.to(memory_format=torch.channels_last) if last else x
+
+
+SHAPES = [(1, 2, 20, 33), (2, 70, 3, 5), (4, 5, 1, 1)]
+
+
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_each_kernel(shape, dtype, last, monkeypatch):
+    """Against float64, in one pass of its own type: bfloat16 only rounds what it writes."""
+    x, dy = images(shape, dtype, last), images(shape, dtype)
+    wide, wide_dy = x.double(), dy.double()
+    close = dict(rtol=1e-12, atol=1e-12) if dtype == torch.float64 else dict(rtol=3e-5, atol=3e-5)
+    written = dict(rtol=1e-2, atol=1e-2) if dtype == torch.bfloat16 else close
+    number = torch.float64 if dtype == torch.float64 else torch.float32
+    monkeypatch.setattr(m, "_kernels", lambda x: kernels)
+    with torch.no_grad():
+        mean, var = m.moments(x)
+        assert mean.dtype == number
+        flat = wide.flatten(2)
+        torch.testing.assert_close(mean.double(), flat.mean(2), **close)
+        torch.testing.assert_close(var.double(), flat.var(2, correction=0), **close)
+        torch.testing.assert_close(m.mean_square(x).double(), flat.square().mean(2), **close)
+        for rows in (1, shape[0]):
+            center, a, b, c = torch.randn((4, rows, shape[1]), dtype=number)
+            maps = [v.double()[:, :, None, None] for v in (center, a, b, c)]
+            dims = (2, 3) if rows == shape[0] and rows > 1 else (0, 2, 3)
+            for ours, theirs in zip(
+                m.sums(dy, x, center), (wide_dy, wide_dy * (wide - maps[0])), strict=True
+            ):
+                of_all = wide_dy.abs().sum(dims).max() * 10
+                assert ours.shape == center.shape
+                error = (ours.double().squeeze(0) - theirs.sum(dims).squeeze(0)).abs().max()
+                assert error <= of_all * close["rtol"]
+            for ours, theirs in (
+                (m.affine(x, b, c), maps[2] * wide + maps[3]),
+                (m.combine(dy, a, x, b), maps[1] * wide_dy + maps[2] * wide),
+                (m.combine(dy, a, x, b, c), maps[1] * wide_dy + maps[2] * wide + maps[3]),
+            ):
+                assert ours.dtype == dtype
+                assert ours.stride() == x.stride()
+                torch.testing.assert_close(ours.double(), theirs, **written)
+
+
+def test_maps_are_cut_where_there_are_few():
+    few = images((2, 2, 32, 32), torch.float32)
+    assert kernels.grid(few)[0] == (2, 2, 2)
+    assert kernels.moments(few)[0].shape == (2, 2, 2)
+    assert kernels.parts(112 * 112, 1024, 2) == 4
+    assert kernels.parts(112 * 112, 1024, 1) == 8  # and not 16, which would be too small
+    assert kernels.parts(112 * 112, 1024, 16) == 1
+    assert kernels.parts(7 * 7, 64, 2) == 1
+    assert kernels.parts(4099, 64, 1) == 1  # a prime number
+
+
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize(
+    ("scheme", "options"),
+    [
+        ("bn", {}),
+        ("mabn", {}),
+        ("mabn", {"version": "imagenet"}),
+        ("bcn", {"statistics": "batch"}),
+        ("bcn", {"statistics": "estimated"}),
+        ("brn", {}),
+        ("ws_gn", {}),
+    ],
+)
+@pytest.mark.usefixtures("as_default")
+def test_layers_with_kernels(scheme, options, last, monkeypatch):
+    """Convolution and norm, groups of two images: outputs, gradients and state over two steps."""
+    built = norms.build(scheme, batch_size=2, sgd_batch_size=4, **options)
+    layout = torch.channels_last if last else torch.contiguous_format
+    pair = []
+    for _ in range(2):
+        torch.manual_seed(1)
+        net = torch.nn.Sequential(built.conv(3, 8, 3), built.norm(8))
+        randomize(net)
+        pair.append(net.to(memory_format=layout))
+    used = []
+    for step in range(2):
+        torch.manual_seed(2 + step)
+        x, dy = images((4, 3, 7, 7)).to(memory_format=layout), torch.randn(4, 8, 5, 5)
+        found = []
+        for net, own in zip(pair, (None, kernels), strict=True):
+            monkeypatch.setattr(m, "_kernels", lambda x, own=own: used.append(own) or own)
+            x = x.detach().requires_grad_()
+            y = net(x)
+            y.backward(dy)
+            found.append([y, x.grad, *(p.grad for p in net.parameters()), *net.buffers()])
+            net.zero_grad()
+        for plain, ours in zip(*found, strict=True):
+            torch.testing.assert_close(ours, plain, rtol=1e-9, atol=1e-9)
+    assert kernels in used

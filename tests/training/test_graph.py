@@ -1,0 +1,127 @@
+"""A step that is recorded once and played back; tests/test_gpu.py has the real recording."""
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from tests.training.test_step import PLAN, batches, network, recipe
+from training import distributed, graph
+from training.step import Step
+
+
+class Stream:
+    def __init__(self, device):
+        pass
+
+    def wait_stream(self, stream):
+        pass
+
+
+@pytest.fixture
+def played(monkeypatch):
+    """A recording without a GPU: what was recorded is computed again, from and to the memory of the
+    first time."""
+    recordings = []
+
+    def record(compute, images, labels, stream):
+        results = (torch.tensor(0.0), torch.tensor(0.0))
+
+        def replay():
+            for old, new in zip(results, compute(images, labels), strict=True):
+                old.copy_(new)
+
+        recordings.append(compute)
+        return replay, results
+
+    monkeypatch.setattr(graph, "record", record)
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: Stream(None))
+    return recordings
+
+
+def pair(scheme, options, say=print):
+    """The same step twice, the first recorded, with its learning rate in a tensor as on a GPU."""
+    recorded = Step(network(scheme), PLAN, recipe(**options), graph=True, say=say)
+    recorded.lr = torch.tensor(0.0)
+    return recorded, Step(network(scheme), PLAN, recipe(**options))
+
+
+def same(recorded, plain, updates=7):
+    found = []
+    for i, (images, labels) in enumerate(batches(updates)):
+        lr = 0.1 / (i + 1)
+        found.append(zip(recorded(images, labels, lr), plain(images, labels, lr), strict=True))
+    for results in found:  # only now: none may be overwritten by a later one
+        for ours, theirs in results:
+            torch.testing.assert_close(ours, theirs)
+    for ours, theirs in zip(
+        recorded.evaluated.state_dict().values(),
+        plain.evaluated.state_dict().values(),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "options"),
+    [
+        ("bn", {}),
+        ("mabn", {"clip": 1.0}),
+        ("pws", {"ema": 0.5}),
+        ("bcn", {"optimizer": "adamw", "betas": [0.9, 0.99]}),
+    ],
+)
+def test_played_back_steps_are_the_steps(played, scheme, options):
+    same(*pair(scheme, options))
+    assert len(played) == 1
+
+
+def test_what_cannot_be_recorded_goes_on_without(played, monkeypatch):
+    def record(*args):
+        played.append(args)
+        raise RuntimeError("operation not permitted\nwhen stream is capturing")
+
+    said = []
+    monkeypatch.setattr(graph, "record", record)
+    same(*pair("bn", {}, said.append))
+    assert len(played) == 1
+    assert said == [
+        "  runtime.graph: the step of this network cannot be recorded as a CUDA graph "
+        "(operation not permitted); going on without"
+    ]
+
+
+def test_why_not(monkeypatch):
+    def config(**values):
+        values = {"recipe.precision": "float32", "probe.name": "none", "debug": None} | values
+        cfg = OmegaConf.create({"runtime": {"graph": values.pop("graph", "auto")}})
+        for key, value in values.items():
+            OmegaConf.update(cfg, key, value)
+        return cfg
+
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert graph.wanted(config(), gpu)
+    assert graph.wanted(config(graph=True), gpu)
+    assert not graph.wanted(config(graph=False), gpu)
+    assert not graph.wanted(config(), cpu)
+    for key, value, reason in (
+        ("recipe.precision", "float16", "precision=float16 asks"),
+        ("probe.name", "batch_statistics", "probe=batch_statistics looks into every step"),
+        ("debug", {"name": "profile"}, "debug=profile shows"),
+    ):
+        assert graph.obstacle(config(**{key: value}), gpu).startswith(reason)
+        assert not graph.wanted(config(**{key: value}), gpu)
+        with pytest.raises(ValueError, match=r"^runtime.graph=true: no CUDA graph, "):
+            graph.wanted(config(graph=True, **{key: value}), gpu)
+    monkeypatch.setattr(distributed, "size", lambda: 2)
+    assert graph.obstacle(config(), gpu) == "devices=2 share a step"
+
+
+def test_asked_for_without_a_gpu(train):
+    outcome = train("runtime.graph=true", "device=cpu")
+    expected = "error: runtime.graph=true: no CUDA graph, device=cpu has none; expected auto or"
+    assert outcome.err.splitlines() == [f"{expected} false"]
+    assert not outcome.runs.exists()

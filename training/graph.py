@@ -1,0 +1,90 @@
+"""An optimizer step recorded once as a CUDA graph: from then on an update is a single launch.
+
+At small batches a GPU computes a layer in less time than Python takes to launch it; a recorded
+step waits for nobody.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from training import distributed
+from training.run import Say
+
+Compute = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+WARM_UP = 3  # updates before the recording, in which libraries choose and allocate what they need
+
+
+def obstacle(cfg: Any, device: torch.device) -> str:
+    """Why the steps of a run cannot be recorded; empty where they can."""
+    debug = cfg.get("debug")
+    reasons = {
+        f"device={device.type} has none": device.type != "cuda",
+        f"devices={distributed.size()} share a step": distributed.size() > 1,
+        "precision=float16 asks the device for its loss scale": cfg.recipe.precision == "float16",
+        f"probe={cfg.probe.name} looks into every step": cfg.probe.name != "none",
+        "debug=profile shows its operators": bool(debug) and debug.name == "profile",
+    }
+    return next((reason for reason, true in reasons.items() if true), "")
+
+
+def wanted(cfg: Any, device: torch.device) -> bool:
+    """Whether the key `runtime.graph` comes to a recorded step; raises `ValueError` where it is
+    asked for and cannot be."""
+    wish, why = cfg.runtime.get("graph", "auto"), obstacle(cfg, device)
+    if wish is True and why:
+        raise ValueError(f"runtime.graph=true: no CUDA graph, {why}; expected auto or false")
+    return not why if wish == "auto" else wish
+
+
+def record(compute: Compute, images: Tensor, labels: Tensor, stream: Any) -> tuple[Any, Any]:
+    """A function that computes again, from and to the same memory, and where its results are."""
+    graph = torch.cuda.CUDAGraph()
+    # Threads that load images may go on using the device.
+    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+        results = compute(images, labels)
+    return graph.replay, results
+
+
+class Recorded:
+    """What `compute` does, on inputs of one shape: the first `WARM_UP` times by calling it, then by
+    playing back a record of it; by calling it also where that fails, which is said once.
+
+    `compute` must leave everything on the device and take what changes, such as the learning rate,
+    from tensors. It is called on a stream of its own, on which everybody else waits for it.
+    """
+
+    def __init__(self, compute: Compute, device: torch.device, say: Say):
+        self.compute, self.say, self.calls = compute, say, 0
+        self.stream: Any = torch.cuda.Stream(device)
+        self.replay: Any = None
+        self.failed = False
+
+    def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        self.calls += 1
+        if self.calls > WARM_UP and not self.replay and not self.failed:
+            self.record(images, labels)
+        if not self.replay:
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                results = self.compute(images, labels)
+            torch.cuda.current_stream().wait_stream(self.stream)
+            return results
+        self.images.copy_(images)
+        self.labels.copy_(labels)
+        self.replay()
+        loss, correct = self.results  # which the next call overwrites
+        return loss.clone(), correct.clone()
+
+    def record(self, images: Tensor, labels: Tensor) -> None:
+        self.images, self.labels = images.clone(), labels.clone()
+        try:
+            self.replay, self.results = record(self.compute, self.images, self.labels, self.stream)
+        except RuntimeError as error:
+            self.failed = True
+            self.say(
+                f"  runtime.graph: the step of this network cannot be recorded as a CUDA graph "
+                f"({str(error).splitlines()[0]}); going on without"
+            )
