@@ -84,14 +84,19 @@ def commands(
     keys = ("model", "batch", "epochs", "workers", "threads")
     theirs = [str(place), *(f"--{key}={getattr(args, key)}" for key in keys)]
     ours = [
-        *("data=folder", f"data.root={place}", f"data.cache={place / 'cache'}"),
-        *("norm=bn", f"model={args.model}", f"batch={args.batch}", f"recipe.epochs={args.epochs}"),
+        *("data=folder", f"data.root={place}", "norm=bn", f"model={args.model}"),
+        *(f"batch={args.batch}", f"recipe.epochs={args.epochs}"),
         *(f"runtime.threads={args.threads}", "device=auto"),
     ]
-    train = [sys.executable, str(ROOT / "train.py"), *ours]
+
+    def train(name: str) -> list[str]:
+        own = place / f"{name}{number}"  # with a cache of its own, so that every run reads the PNGs
+        places = [f"runtime.runs={own}", f"data.cache={own / 'cache'}"]
+        return [sys.executable, str(ROOT / "train.py"), *ours, *places]
+
     return {
-        "train.py": [*train, f"runtime.runs={place / f'whole{number}'}"],
-        "start": [*train, f"runtime.runs={place / f'start{number}'}", "recipe.updates=1"],
+        "train.py": train("whole"),
+        "start": [*train("start"), "recipe.updates=1"],
     } | {name: [sys.executable, str(ROOT / "benchmarks" / PEERS[name]), *theirs] for name in peers}
 
 
