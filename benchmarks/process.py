@@ -1,11 +1,12 @@
 """What a whole training costs at a small batch: `python train.py`, from its start to its end,
-beside a plain script that does the same work (benchmarks/plain.py).
+beside a plain script (benchmarks/plain.py) and Lightning (benchmarks/lightning_peer.py, left out if
+it is not installed), which do the same work.
 
     python benchmarks/process.py [--batch 2] [--images 2000] [--epochs 2] [--rounds 5]
 
-Both train the same network, the same number of updates, with the same augmentation, on the same
+All train the same network, the same number of updates, with the same augmentation, on the same
 folder of small PNGs (random pixels: nothing here depends on what is in them), on the same number of
-threads, and evaluate all test images after every epoch. A round runs both, one after the other, in
+threads, and evaluate all test images after every epoch. A round runs all, one after the other, in
 an order that alternates; ratios are taken within a round. `start` is the time of a run of a single
 update, with the reading of the data.
 
@@ -17,6 +18,7 @@ Writes process.json and, into README.md, the table; what stands around it is wri
 """
 
 import argparse
+import importlib.metadata
 import os
 import subprocess
 import sys
@@ -33,8 +35,10 @@ import torch
 from PIL import Image
 
 from benchmarks.inference import environment, publish
+from training.progress import say
 
 ROOT = Path(__file__).resolve().parent.parent
+PEERS = {"plain": "plain.py", "lightning": "lightning_peer.py"}
 KINDS = {"wall_s": "wall, s", "processor_s": "processor, s", "memory_mib": "memory, MiB"}
 
 
@@ -65,24 +69,35 @@ def run(command: list[str], where: Path, threads: int) -> dict[str, float]:
     return {"wall_s": wall, "processor_s": processor, "memory_mib": used.ru_maxrss / 1024}
 
 
-def commands(args: argparse.Namespace, place: Path, number: int) -> dict[str, list[str]]:
+def installed(package: str) -> str | None:
+    """Its version."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def commands(
+    args: argparse.Namespace, peers: list[str], place: Path, number: int
+) -> dict[str, list[str]]:
     """The programs to be compared, in a round of that number."""
-    keys = dict(batch=args.batch, epochs=args.epochs, workers=args.workers, threads=args.threads)
-    plain = [f"--{key}={value}" for key, value in keys.items()]
+    keys = ("model", "batch", "epochs", "workers", "threads")
+    theirs = [str(place), *(f"--{key}={getattr(args, key)}" for key in keys)]
     ours = [
-        *("data=folder", f"data.root={place}", f"data.cache={place / 'cache'}"),
-        *("norm=bn", f"model={args.model}", f"batch={args.batch}", f"recipe.epochs={args.epochs}"),
+        *("data=folder", f"data.root={place}", "norm=bn", f"model={args.model}"),
+        *(f"batch={args.batch}", f"recipe.epochs={args.epochs}"),
         *(f"runtime.threads={args.threads}", "device=auto"),
     ]
-    train = [sys.executable, str(ROOT / "train.py"), *ours]
+
+    def train(name: str) -> list[str]:
+        own = place / f"{name}{number}"  # with a cache of its own, so that every run reads the PNGs
+        places = [f"runtime.runs={own}", f"data.cache={own / 'cache'}"]
+        return [sys.executable, str(ROOT / "train.py"), *ours, *places]
+
     return {
-        "train.py": [*train, f"runtime.runs={place / f'whole{number}'}"],
-        "plain": [
-            *(sys.executable, str(ROOT / "benchmarks" / "plain.py"), str(place)),
-            *(f"--model={args.model}", *plain),
-        ],
-        "start": [*train, f"runtime.runs={place / f'start{number}'}", "recipe.updates=1"],
-    }
+        "train.py": train("whole"),
+        "start": [*train("start"), "recipe.updates=1"],
+    } | {name: [sys.executable, str(ROOT / "benchmarks" / PEERS[name]), *theirs] for name in peers}
 
 
 def spread(values: list[float]) -> float:
@@ -93,14 +108,23 @@ def spread(values: list[float]) -> float:
     return high - low
 
 
+def summary(runs: list[dict[str, float]]) -> dict[str, float]:
+    """Medians and spreads of every kind."""
+    values = {kind: [run[kind] for run in runs] for kind in KINDS}
+    return {k: median(v) for k, v in values.items()} | {
+        f"{k}_iqr": spread(v) for k, v in values.items()
+    }
+
+
 def markdown(result: dict[str, Any]) -> str:
     heads = " | ".join(KINDS.values())
     lines = [f"| | {heads} |", "|---" * (len(KINDS) + 1) + "|"]
     for name, row in result["rows"].items():
         cells = [f"{row[kind]:.1f} ({row[kind + '_iqr']:.1f})" for kind in KINDS]
         lines.append(f"| {name} | {' | '.join(cells)} |")
-    cells = [f"{result['ratio'][k]:.2f} ({result['ratio'][k + '_iqr']:.2f})" for k in KINDS]
-    lines.append(f"| train.py to plain | {' | '.join(cells)} |")
+    for peer, ratio in result["ratios"].items():
+        cells = [f"{ratio[kind]:.2f} ({ratio[kind + '_iqr']:.2f})" for kind in KINDS]
+        lines.append(f"| train.py to {peer} | {' | '.join(cells)} |")
     told = ", ".join(f"{k} {v}" for k, v in (result["setting"] | result["environment"]).items())
     lines.append(f"\nMedians over the rounds (interquartile range), ratios in a round: {told}.")
     return f"    {result['command']}\n\n" + "\n".join(lines) + "\n"
@@ -119,13 +143,17 @@ def main() -> None:
     args = parser.parse_args()
     if min(args.batch, args.images // 50, args.epochs, args.rounds, args.threads) < 1:
         parser.error("expected whole numbers from 1, and from 50 images")
-    found: dict[str, list[dict[str, float]]] = {"train.py": [], "plain": [], "start": []}
+    lightning = installed("lightning")
+    if not lightning:
+        say("lightning: not installed, left out; pip install -c constraints.txt '.[peers]'")
+    peers = ["plain", "lightning"] if lightning else ["plain"]
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in ("train.py", *peers, "start")}
     try:
         with tempfile.TemporaryDirectory() as temporary:
             place = Path(temporary)
             folder(place, args.images)
             for number in range(args.rounds):
-                programs = commands(args, place, number)
+                programs = commands(args, peers, place, number)
                 for name in sorted(programs, reverse=number % 2 == 1):
                     found[name].append(run(programs[name], place, args.threads))
                     print(f"round {number + 1}, {name}: {found[name][-1]['wall_s']:.1f} s")
@@ -134,19 +162,20 @@ def main() -> None:
         sys.exit(1)
     where = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_num_threads(args.threads)
-    pairs = list(zip(found["train.py"], found["plain"], strict=True))
-    ratios = {k: [a[k] / b[k] for a, b in pairs] for k in KINDS}
     result = {
         "command": " ".join(["python benchmarks/process.py", *sys.argv[1:]]),
-        "environment": environment(where),
+        "environment": environment(where) | {"lightning": lightning or "not installed"},
         "setting": {key: getattr(args, key) for key in ("model", *sizes)},
-        "rows": {
-            name: {k: median(r[k] for r in runs) for k in KINDS}
-            | {f"{k}_iqr": spread([r[k] for r in runs]) for k in KINDS}
-            for name, runs in found.items()
+        "rows": {name: summary(runs) for name, runs in found.items()},
+        "ratios": {
+            peer: summary(
+                [
+                    {kind: ours[kind] / theirs[kind] for kind in KINDS}
+                    for ours, theirs in zip(found["train.py"], found[peer], strict=True)
+                ]
+            )
+            for peer in peers
         },
-        "ratio": {k: median(v) for k, v in ratios.items()}
-        | {f"{k}_iqr": spread(v) for k, v in ratios.items()},
     }
     publish(args.out, "process", result, markdown(result))
 
