@@ -33,6 +33,8 @@ test: setup
 
 # Into runs/benchmarks; without --out they renew results/.
 bench: setup
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt '.[peers]'
+	@rm -rf build smallbatch.egg-info
 	$(BIN)/python benchmarks/layers.py --quick --out runs/benchmarks/layers
 	$(BIN)/python benchmarks/training.py --rounds 5 --out runs/benchmarks/training
 	$(BIN)/python benchmarks/inference.py --quick --out runs/benchmarks/inference
