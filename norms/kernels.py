@@ -176,9 +176,7 @@ def sums(dy: Tensor, x: Tensor, center: Tensor) -> tuple[Tensor, Tensor]:
     return total, product
 
 
-def combine(
-    dy: Tensor | None, a: Tensor | None, x: Tensor, b: Tensor, c: Tensor | None
-) -> Tensor:
+def combine(dy: Tensor | None, a: Tensor | None, x: Tensor, b: Tensor, c: Tensor | None) -> Tensor:
     """a * dy + b * x + c in the type and the memory of x; a, b, c: all (N, C) or all (1, C); a term
     whose number is None is left out."""
     x = dense(x)

@@ -8,8 +8,8 @@ moments, and again while y is written; backward x and dy are read for their sums
 is written: the passes of batch norm. Everything between is a few small tensors of shape (N, C), and
 these and x are all that is kept for the backward pass.
 
-`moments`, `mean_square`, `affine`, `sums` and `combine` are the functions that touch activations. On
-a GPU each is a kernel of `norms/kernels.py`, in just those passes. On a CPU they call those of
+`moments`, `mean_square`, `affine`, `sums` and `combine` are the functions that touch activations.
+On a GPU each is a kernel of `norms/kernels.py`, in just those passes. On a CPU they call those of
 PyTorch's kernels that are vectorized, as if every map were a channel or a group (`torch.var_mean`,
 and batch norm of contiguous images, add up one value after another there), which costs two things
 more than those passes: the kernel for the moments writes the normalized maps as well, which are
@@ -87,7 +87,8 @@ def _over_maps(values: Tensor) -> Tensor:
 def moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of every map, not differentiable: (N, C, H, W) -> (N, C), (N, C)."""
     if kernels := _kernels(x):
-        return pool(*kernels.moments(x), dim=1)
+        mean, var = kernels.moments(x)
+        return pool(mean, var, dim=1)
     if _vectorized(x):
         n, c, h, w = x.shape
         one = x.new_ones(c, dtype=torch.promote_types(x.dtype, torch.float32))

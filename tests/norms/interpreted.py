@@ -11,6 +11,7 @@ from tests.norms.test_layers import randomize
 
 kernels.TILE, kernels.PROGRAMS = 256, 8  # interpreting takes long
 
+
 def images(shape, dtype=torch.float64, last=False):
     x = torch.randn(shape, dtype=dtype) * 2 + 3
     return x.to(memory_format=torch.channels_last) if last else x
