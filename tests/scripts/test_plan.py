@@ -11,7 +11,7 @@ from rich.console import Console
 
 import models
 import norms
-from scripts.plan import GIB, makespan, memory, rows, show
+from scripts.plan import GIB, main, makespan, memory, rows, show
 from training.study import cells, jobs
 
 ROOT = Path(__file__).parent.parent.parent
@@ -118,8 +118,8 @@ def test_makespan():
     assert makespan([3, 2, 2], 64) == 3
 
 
-def test_command_line():
-    command = [sys.executable, str(ROOT / "scripts" / "plan.py")]
+def test_command_line(tmp_path, monkeypatch, capsys):
+    command = [sys.executable, str(ROOT / "scripts" / "plan.py"), f"runtime.runs={tmp_path}"]
     shown = subprocess.run(
         [*command, "experiment=quickstart", "--speed", "500", "--gpus", "1,2"],
         capture_output=True,
@@ -135,7 +135,8 @@ def test_command_line():
         (["--memory=-1"], "--memory -1: expected a number above 0"),
         (["--gpus", "two"], "--gpus two: expected whole numbers from 1"),
     ):
-        refused = subprocess.run([*command, *wrong], capture_output=True, text=True)
-        assert refused.returncode in (1, 2)
-        assert why in refused.stderr, refused.stderr
-        assert "Traceback" not in refused.stderr
+        monkeypatch.setattr(sys, "argv", ["plan.py", *wrong])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        assert stop.value.code in (1, 2)
+        assert why in capsys.readouterr().err

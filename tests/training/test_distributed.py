@@ -121,7 +121,7 @@ def test_each_process_has_its_own_running_statistics(tmp_path):
     assert result(tmp_path / "first")["sgd_batch"] == 8  # direct: a batch on each device
 
 
-LONG = ["norm=mabn", "batch=4", "recipe.epochs=3", "runtime.log_every=5"]
+LONG = ["norm=mabn", "batch=4", "recipe.epochs=2", "runtime.log_every=5"]
 
 
 def test_a_lost_process_ends_the_run_and_the_same_command_goes_on(tmp_path):
