@@ -65,7 +65,7 @@ def main(cfg: DictConfig) -> float | None:
         loader = data.load(
             source, cfg.data, cfg.recipe, plan.sgd_batch, cfg.seed, where, say, share, checking
         )
-        layout = device.memory_format(where, cfg.runtime.channels_last, scheme.channels_last)
+        layout = device.memory_format(cfg.runtime.channels_last, scheme.channels_last)
         model.to(where).to(memory_format=layout)
         if scheme.initialize and state is None and not getattr(model, "complete", False):
             scheme.initialize(model, loader.sample(128))

@@ -44,7 +44,9 @@ def step(name: str, model: str, batch: int, where: torch.device) -> Callable[[Te
     is 0, so that no round differs from the one before."""
     torch.manual_seed(0)
     scheme = norms.build(name, batch_size=batch)
-    network = models.build(model, scheme=scheme, num_classes=10, zero_init=False).to(where)
+    network = models.build(model, scheme=scheme, num_classes=10, zero_init=False)
+    layout = device.memory_format("auto", scheme.channels_last)
+    network.to(where).to(memory_format=layout)
     optimizer = sgd(network.train(), OmegaConf.load(RECIPE), lr=0.0)
 
     def run(x: Tensor) -> None:

@@ -37,7 +37,8 @@ __all__ = [
     "names",
 ]
 
-_SHARED = {"convert", "fold", "moments", "scheme"}  # files of this folder that are no method
+# Files of this folder that are no method:
+_SHARED = {"convert", "fold", "kernels", "moments", "scheme"}
 
 
 def names() -> list[str]:

@@ -247,5 +247,6 @@ def scheme(
         conv=partial(conv, partial(WSConv2d, eps_inside=True)),
         norm=partial(_layer, groups=groups, min_channels=min_channels, **options),
         zero_init=True,
+        channels_last=True,
         check=check_groups(groups, min_channels),
     )

@@ -36,8 +36,8 @@ class Scheme:
     loss_scaling: bool = True
     """Whether gradients may carry a changing factor, as a float16 loss scaler puts on them."""
     channels_last: bool = False
-    """Whether a network on a GPU is likely to gain from channels-last memory: convolutions do, and
-    norms do that take their statistics per channel, but not those over groups of channels."""
+    """Whether a network gains from channels-last memory: convolutions do, and so do norms that take
+    their statistics per channel; group norm loses as much."""
     initialize: Callable[[nn.Module, Tensor], None] | None = None
     """A data-dependent start: called once with training images, before the first step."""
     check: Callable[[nn.Module], None] | None = None

@@ -147,7 +147,7 @@ def measure(run: Path, overrides: list[str], folded: bool, averaged: bool) -> di
             truth.append(labels.cpu())
             yield x.flip(1) if reverse else x, labels
 
-    layout = devices.memory_format(where, cfg.runtime.get("channels_last"), scheme.channels_last)
+    layout = devices.memory_format(cfg.runtime.get("channels_last"), scheme.channels_last)
     model.to(where).to(memory_format=layout).register_forward_hook(answer)
     half = torch.float16 if cfg.recipe.precision == "float16" else torch.bfloat16
     with torch.autocast(where.type, half, enabled=cfg.recipe.precision != "float32"):

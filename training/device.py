@@ -46,10 +46,10 @@ def check_compiler(device: torch.device) -> None:
         ) from error
 
 
-def memory_format(device: torch.device, wish: bool | str, gains: bool) -> torch.memory_format:
+def memory_format(wish: bool | str, gains: bool) -> torch.memory_format:
     """How a network's tensors lie in memory: `wish`, the key `runtime.channels_last`; "auto" takes
-    channels-last on a GPU where the scheme `gains` from it, and never on a CPU."""
-    last = device.type == "cuda" and gains if wish == "auto" else wish
+    channels-last where the scheme `gains` from it."""
+    last = gains if wish == "auto" else wish
     return torch.channels_last if last else torch.contiguous_format
 
 
@@ -67,3 +67,4 @@ def prepare(device: torch.device, threads: int | None, state: Any, say: Say) -> 
         gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
+        torch.backends.cudnn.benchmark = True  # all batches of a run have one shape
