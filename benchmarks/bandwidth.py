@@ -104,8 +104,8 @@ def norms_at(
     for name, layer in norm_layers(channels, images).items():
         x = torch.randn(images, channels, side, side, device=where)
         x = x.to(torch.bfloat16 if half else torch.float32, memory_format=FORMATS[layout])
-        with torch.autocast(where.type, torch.bfloat16, enabled=half):
-            dy = torch.randn_like(layer.to(where)(x).detach())  # of the type that it returns
+        with torch.no_grad(), torch.autocast(where.type, torch.bfloat16, enabled=half):
+            dy = torch.randn_like(layer.to(where)(x))  # of the type that it returns
         calls[name] = partial(both_ways, layer, x.requires_grad_(), dy, half)
         reads = 4 if "estimated" in name else 5
         moved[name] = x.numel() * (reads * x.element_size() + 3 * dy.element_size())
@@ -203,6 +203,7 @@ def table(result: dict[str, Any]) -> list[str]:
                 lines.append(f"{kind}: {other}: {told}")
     for key, cell in done.items():
         if key.startswith("weights") and "layers" in cell:
-            told = [f"{n} {r['ratio']:.2f}" for n, r in cell["layers"].items() if "ratio" in r]
-            lines.append(f"{key}, to nn.Conv2d: {', '.join(told)}")
+            rows = cell["layers"].items()
+            told = ", ".join(f"{n} {r['ratio']:.2f}" for n, r in rows if "ratio" in r)
+            lines.append(f"{key}, to nn.Conv2d: {told}")
     return lines

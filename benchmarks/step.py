@@ -151,6 +151,11 @@ def recipe(name: str = "cifar", **values: Any) -> Any:
     return OmegaConf.merge(common, OmegaConf.load(CONFIGS / "recipe" / f"{name}.yaml"), values)
 
 
+def refuse(text: str) -> None:
+    """A step that cannot be recorded goes on without, and is not what is to be measured."""
+    raise RuntimeError(text.strip())
+
+
 def ours(
     network: str,
     scheme: str,
@@ -166,7 +171,7 @@ def ours(
     device.prepare(where, None, None, print)
     model.to(where).to(memory_format=device.memory_format(where, "auto", made.channels_last))
     plan = Plan(batch, batch, 1, batch, 0.0)
-    step = Step(model, plan, recipe(precision=precision), **how)
+    step = Step(model, plan, recipe(precision=precision), say=refuse, **how)
     return lambda images, labels: step(images, labels, 0.0)
 
 

@@ -18,7 +18,7 @@ import torch
 
 import data
 from benchmarks.gpu import Measure, Session
-from benchmarks.step import build, clean, recipe, synchronize
+from benchmarks.step import build, clean, recipe, refuse, synchronize
 from training import device
 from training.protocol import Plan
 from training.step import Step
@@ -32,7 +32,7 @@ def training(kind: str, network: str, batch: int, sgd_batch: int) -> Callable[[]
     model, scheme = build(network, "bn", batch, 10)
     model.to(where).to(memory_format=device.memory_format(where, "auto", scheme.channels_last))
     plan = Plan(batch, sgd_batch, 1, sgd_batch, 0.0)
-    step = Step(model, plan, recipe(), graph=where.type == "cuda")
+    step = Step(model, plan, recipe(), graph=where.type == "cuda", say=refuse)
     train, test = data.sources.synthetic(32, 10, 3, 8 * sgd_batch, 10).read()
     loader = data.Loader(train, test, sgd_batch, 0, crop=4, flip=True, device=where)
 
@@ -45,7 +45,8 @@ def training(kind: str, network: str, batch: int, sgd_batch: int) -> Callable[[]
     images = batches()
 
     def update() -> None:
-        step(*next(images), 0.0)
+        x, y = next(images)
+        step(x, y, 0.0)
 
     for _ in range(WARM):
         update()

@@ -157,7 +157,7 @@ def call(layer, x, device, half):
     layer.zero_grad()
     with torch.autocast(device, torch.bfloat16, enabled=half):
         y = layer(x)
-    dy = torch.randn(y.shape).to(y.dtype).contiguous(memory_format=torch.preserve_format)
+    dy = torch.randn(y.shape).to(y.dtype)
     y.backward(dy.to(device))
     return y, dy.double(), x.grad
 
@@ -254,8 +254,9 @@ def test_a_network_computes_what_it_does_in_float64(name, device):
     torch.nn.functional.cross_entropy(exact(x.to(kind)), y).backward()
     torch.nn.functional.cross_entropy(ours(x.to(device)), y.to(device)).backward()
     for (key, q), p in zip(ours.named_parameters(), exact.parameters(), strict=True):
-        if q.requires_grad:
-            close(q.grad, p.grad, 2e-3, key)  # twenty layers, one after another
+        if q.requires_grad:  # by length: rounding may turn one of thousands of ReLUs around
+            error = (q.grad.cpu() - p.grad).norm() / p.grad.norm().clamp(min=1e-6)
+            assert error < 2e-2, f"{key}: off by {error:.1e} of its length"
     for (key, q), b in zip(ours.named_buffers(), exact.buffers(), strict=True):
         close(q, b, 1e-3, key)
 
@@ -278,7 +279,7 @@ def make_step(name, protocol, device, precision="float32", **how):
     scheme = norms.build(name, batch_size=4, sgd_batch_size=sgd_batch)
     model = models.build("resnet8", scheme=scheme, num_classes=3, in_channels=1).to(device).train()
     plan = Plan(4, sgd_batch, 1, forward, 0.02)
-    return Step(model, plan, recipe(precision=precision), **how)
+    return Step(model, plan, recipe(precision=precision), say=pytest.fail, **how)
 
 
 def updates(step, device, count=8):
