@@ -29,6 +29,7 @@ from benchmarks.layers import SHAPES, WEIGHTS, Fresh, conv_layers, norm_layers
 from benchmarks.step import clean, spread, synchronize
 
 REPEAT = 10
+NAMED = ("bn", "mabn", "bcn", "bcn estimated", "brn", "nn.GroupNorm, 32 groups")  # in the table
 FORMATS = {"contiguous": torch.contiguous_format, "channels-last": torch.channels_last}
 Call = Callable[[], Any]
 
@@ -137,7 +138,7 @@ def weights_at(
 
 def cells(session: Session) -> dict[str, Measure]:
     where = torch.device(session.device)
-    rounds = 2 if session.tiny else 30
+    rounds = 2 if session.tiny else 15
     shapes = [(64, 4)] if session.tiny else list(SHAPES)
     weights = [(8, 8, 3)] if session.tiny else WEIGHTS
 
@@ -168,42 +169,46 @@ def cells(session: Session) -> dict[str, Measure]:
 
 
 def table(result: dict[str, Any]) -> list[str]:
-    """Ours: all 53 norms of ResNet-50 as a multiple of `nn.BatchNorm2d`'s, and the bytes over the
-    time as a part of what a copy reaches, at the largest shape."""
+    """All 53 norms of ResNet-50, as multiples of `nn.BatchNorm2d`'s time: ours, in brackets the
+    formulas, and the bytes over the time as a part of what a copy reaches, at the largest shape."""
     done = result["cells"]
     copied = done.get("copy", {}).get("bytes_per_second")
     lines = [f"copy: {copied / 1e12:.3f} TB/s read and written"] if copied else []
     groups: dict[str, dict[Any, Any]] = {}
     for key, cell in done.items():
-        if "x" not in key.split(" ")[0] or "layers" not in cell:
+        if "layers" not in cell:
             continue
-        shape, kind = key.split(" ", 1)
-        images, *rest = map(int, shape.split("x"))
-        groups.setdefault(f"{images} images {kind}", {})[tuple(rest[:2])] = cell["layers"]
-    for kind, by_shape in groups.items():
-        counted = list(by_shape)
-        for name in ("bn", "mabn", "bcn", "bcn estimated", "nn.GroupNorm, 32 groups", "brn"):
-            for other in (name, f"{name}, formulas"):
-                rows = [
-                    (by_shape[s].get(other, {}), by_shape[s]["nn.BatchNorm2d"]) for s in counted
-                ]
-                if not rows or any("ms" not in r or "ms" not in b for r, b in rows):
-                    continue
-                ours, base = (
-                    sum(
-                        pair[i]["ms"] * SHAPES.get(s, 1)
-                        for pair, s in zip(rows, counted, strict=True)
-                    )
-                    for i in (0, 1)
-                )
-                largest = max(rows, key=lambda pair: pair[0]["bytes"])[0]
-                part = f", {largest['bytes_per_second'] / copied:.2f} of a copy" if copied else ""
-                count = f"{len(counted)} of {len(SHAPES)} shapes"
-                told = f"{ours:.3f} ms, {ours / base:.2f} of BatchNorm2d{part} ({count})"
-                lines.append(f"{kind}: {other}: {told}")
-    for key, cell in done.items():
-        if key.startswith("weights") and "layers" in cell:
+        if key.startswith("weights"):
             rows = cell["layers"].items()
             told = ", ".join(f"{n} {r['ratio']:.2f}" for n, r in rows if "ratio" in r)
             lines.append(f"{key}, to nn.Conv2d: {told}")
+            continue
+        shape, kind = key.split(" ", 1)
+        images, channels, side, _ = map(int, shape.split("x"))
+        groups.setdefault(f"{images} images {kind}", {})[channels, side] = cell["layers"]
+    for kind, shapes in groups.items():
+        largest = shapes[max(shapes, key=lambda shape: shape[0] * shape[1] ** 2)]
+        told = []
+        for name in NAMED:
+            ratios = [
+                f"{ratio:.2f}" if (ratio := whole(shapes, other)) else "failed"
+                for other in (name, f"{name}, formulas")
+                if other in largest
+            ]
+            speed = largest[name].get("bytes_per_second")
+            ratios += [f"{speed / copied:.2f} of a copy"] if speed and copied else []
+            told.append(f"{name} {ratios[0]} ({'; '.join(ratios[1:])})")
+        lines.append(f"{kind}, {len(shapes)} of {len(SHAPES)} shapes: {', '.join(told)}")
     return lines
+
+
+def whole(shapes: dict[Any, Any], name: str) -> float | None:
+    """The time of a layer over that of `nn.BatchNorm2d`, each shape as often as ResNet-50 has it."""
+    pairs = [(rows[name].get("ms"), rows["nn.BatchNorm2d"].get("ms")) for rows in shapes.values()]
+    if any(None in pair for pair in pairs):
+        return None
+    counts = [SHAPES.get(shape, 1) for shape in shapes]
+    ours, base = (
+        sum(count * pair[i] for count, pair in zip(counts, pairs, strict=True)) for i in (0, 1)
+    )
+    return ours / base

@@ -352,7 +352,7 @@ def kernels(step: Run, count: int, where: torch.device) -> dict[str, Any]:
 def cells(session: Session) -> dict[str, Measure]:
     where = torch.device(session.device)
     networks, batches = (TINY, (2,)) if session.tiny else (NETWORKS, BATCHES)
-    rounds, span = (2, 0.0) if session.tiny else (7, 0.15)
+    rounds, span = (2, 0.0) if session.tiny else (5, 0.1)
     why = "a rehearsal: no GPU" if where.type == "cpu" else ""
 
     def inputs(network: str, batch: int) -> tuple[Tensor, Tensor, int]:

@@ -37,7 +37,13 @@ __all__ = [
     "names",
 ]
 
-_SHARED = {"convert", "fold", "moments", "scheme"}  # files of this folder that are no method
+_SHARED = {
+    "convert",
+    "fold",
+    "kernels",
+    "moments",
+    "scheme",
+}  # files of this folder that are no method
 
 
 def names() -> list[str]:

@@ -17,6 +17,7 @@ from omegaconf import OmegaConf
 
 import models
 import norms
+from norms import moments
 from tests.norms import literal
 from training.protocol import Plan
 from training.step import Step
@@ -53,6 +54,51 @@ def close(ours, theirs, tolerance, what=""):
     limit = tolerance * max(theirs.abs().max().item(), 1e-3)
     error = (ours.detach().cpu().double() - theirs).abs().max().item()
     assert error <= limit, f"{what}: off by {error:.2e}, allowed {limit:.2e}"
+
+
+# --- the passes over activations
+
+SHAPES = [(2, 64, 56, 56), (3, 70, 9, 7), (1, 256, 1, 1), (2, 5, 33, 31), (8, 512, 7, 7)]
+TYPES = {  # of activations, and how close: a result of many, and a map that is written
+    torch.float64: (1e-10, 1e-10),
+    torch.float32: (1e-4, 1e-5),
+    torch.bfloat16: (1e-4, 1e-2),
+}
+FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+
+
+@DEVICES
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("layout", FORMATS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@torch.no_grad()
+def test_passes(shape, layout, dtype, device):
+    """Those of `norms/moments.py`, which on a GPU are kernels of ours, from their formulas."""
+    many, written = TYPES[dtype]
+    x, dy = ((torch.randn(shape) * 2 + 0.5).to(dtype, memory_format=FORMATS[layout]) for _ in "xd")
+    own, exact = (x.to(device), dy.to(device)), (x.double(), dy.double())
+    area = shape[2] * shape[3]
+    mean, var = moments.moments(own[0])
+    close(mean, exact[0].mean((2, 3)), many, "mean")
+    close(var, exact[0].var((2, 3), correction=0), many, "var")
+    close(moments.mean_square(own[0]), exact[0].square().mean((2, 3)), many, "mean square")
+    for rows in {1, shape[0]}:
+        numbers = torch.randn(4, rows, shape[1], dtype=torch.promote_types(dtype, torch.float32))
+        there = numbers.to(device)
+        a, b, c, center = numbers.double()[:, :, :, None, None]
+        close(moments.affine(own[0], *there[:2]), exact[0] * a + b, written, "affine")
+        close(
+            moments.combine(own[1], there[0], own[0], there[1], there[2]),
+            a * exact[1] + b * exact[0] + c,
+            written,
+            "combine",
+        )
+        sums = moments.sums(own[1], own[0], there[3])
+        for found, of in zip(sums, (exact[1], exact[1] * (exact[0] - center)), strict=True):
+            expected = of.sum((2, 3)).view(shape[0], -1)
+            expected = expected if rows > 1 else expected.sum(0, keepdim=True)
+            limit = many * max(1.0, area**0.5)  # terms of either sign, which nearly cancel
+            close(found, expected, limit, "sums")
 
 
 # --- layers
@@ -134,7 +180,6 @@ NORMS = {  # the layer, and its formulas with what they keep
     ),
     "evonorm_b0": (partial(norm, "evonorm_b0"), evonorm),
 }
-FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
 
 def randomized(layer, device):
