@@ -188,7 +188,7 @@ def table(result: dict[str, Any]) -> list[str]:
         groups.setdefault(f"{images} images {kind}", {})[channels, side] = cell["layers"]
     for kind, shapes in groups.items():
         largest = shapes[max(shapes, key=lambda shape: shape[0] * shape[1] ** 2)]
-        told = []
+        named = []
         for name in NAMED:
             ratios = [
                 f"{ratio:.2f}" if (ratio := whole(shapes, other)) else "failed"
@@ -197,13 +197,13 @@ def table(result: dict[str, Any]) -> list[str]:
             ]
             speed = largest[name].get("bytes_per_second")
             ratios += [f"{speed / copied:.2f} of a copy"] if speed and copied else []
-            told.append(f"{name} {ratios[0]} ({'; '.join(ratios[1:])})")
-        lines.append(f"{kind}, {len(shapes)} of {len(SHAPES)} shapes: {', '.join(told)}")
+            named.append(f"{name} {ratios[0]} ({'; '.join(ratios[1:])})")
+        lines.append(f"{kind}, {len(shapes)} of {len(SHAPES)} shapes: {', '.join(named)}")
     return lines
 
 
 def whole(shapes: dict[Any, Any], name: str) -> float | None:
-    """The time of a layer over that of `nn.BatchNorm2d`, each shape as often as ResNet-50 has it."""
+    """A layer's time over that of `nn.BatchNorm2d`, each shape as often as ResNet-50 has it."""
     pairs = [(rows[name].get("ms"), rows["nn.BatchNorm2d"].get("ms")) for rows in shapes.values()]
     if any(None in pair for pair in pairs):
         return None

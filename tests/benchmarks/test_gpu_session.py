@@ -38,9 +38,8 @@ def failed(result):
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning")  # of workers that end with a test
 def test_every_part_measures_and_goes_on(session, monkeypatch):
-    counts = {"step": 9, "layers": 7, "together": 2, "pipeline": 3}
-    monkeypatch.setattr("benchmarks.step.SCHEMES", ("bn", "bcn"))
-    counts["step"] = 5
+    counts = {"step": 3, "layers": 7, "together": 2, "pipeline": 3}
+    monkeypatch.setattr("benchmarks.step.SCHEMES", ("mabn",))
     everything = together.cells
 
     def some(session):  # processes take seconds to start
@@ -58,18 +57,15 @@ def test_every_part_measures_and_goes_on(session, monkeypatch):
         assert second["cells"] == result["cells"]
         assert len(second["sessions"]) == 2
         assert second["sessions"][1]["command"].endswith("--tiny --seconds=500.0")
-
-
-def test_step_says_what_is_left_out_and_why(session, monkeypatch):
-    monkeypatch.setattr("benchmarks.step.SCHEMES", ("mabn",))
-    said, result = session("step")
-    rows = result["cells"]["resnet8 batch 2 mabn"]["variants"]
+        if part == "step":
+            said_of_step, steps = said, result["cells"]
+    rows = steps["resnet8 batch 2 mabn"]["variants"]
     assert set(rows) == {"timm", "plain", "eager", "captured"}
     assert rows["captured"] == {"left_out": "a rehearsal: no GPU"}
+    assert "captured a rehearsal: no GPU" in said_of_step
     assert rows["timm"]["ratio"] == 1
     assert all(rows[name]["images_per_second"] > 0 for name in ("timm", "plain", "eager"))
-    assert "captured a rehearsal: no GPU" in said
-    assert result["cells"]["resnet8 batch 2 mabn kernels"]["kernels"] > 50
+    assert steps["resnet8 batch 2 mabn kernels"]["kernels"] > 50
 
 
 def test_right_counts_what_is_skipped(session, monkeypatch):
@@ -83,7 +79,13 @@ def test_right_counts_what_is_skipped(session, monkeypatch):
     assert "4 of 8 tests have passed already" in session("right")[0]
 
 
-def test_table_trains_draws_and_goes_on_elsewhere(session, tmp_path):
+def test_table_trains_draws_and_goes_on_elsewhere(session, tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "SUMMARY", 0.0)
+    said, result = session("table", seconds=8)  # 5 are kept to write
+    assert "time is up before data=digits" in said
+    assert list(result["cells"]) == ["data"]
+    assert list(result["spent"]) == study.TINY
+    monkeypatch.undo()
     said, result = session("table")
     assert failed(result) == {}
     runs = result["runs"]
