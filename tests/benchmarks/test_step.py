@@ -1,9 +1,12 @@
+from contextlib import nullcontext
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
 
 import norms
-from benchmarks import step
+from benchmarks import bandwidth, step
 
 
 @pytest.mark.parametrize("batch", [2, 8])
@@ -51,3 +54,39 @@ def test_a_variant_that_fails_takes_no_other_with_it():
     assert rows["plain"] == {"error": "RuntimeError: out of memory"}
     assert rows["timm"]["ratio"] == 1
     assert rows["eager"]["ratio"] > 0
+
+
+def test_what_a_gpu_is_asked(monkeypatch):
+    """The calls that no CPU has, with a device that does nothing."""
+    asked = []
+
+    class Nothing:
+        def __init__(self, *_):
+            pass
+
+        def __getattr__(self, name):
+            return lambda *_: asked.append(name)
+
+    memory = dict(memory_allocated=1, max_memory_allocated=2**30 + 1)
+    for name in ("synchronize", "empty_cache", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: None)
+    for name, value in memory.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    for name in ("Stream", "CUDAGraph", "current_stream"):
+        monkeypatch.setattr(torch.cuda, name, Nothing)
+    for name in ("stream", "graph"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, **__: nullcontext())
+    where = SimpleNamespace(type="cuda")
+
+    x, y = torch.randn(2, 3, 16, 16), torch.tensor([0, 1])
+    makers = step.variants("resnet8", "mabn", x, y, 10)
+    rows = step.compare(
+        {name: makers[name] for name in ("timm", "captured")}, 2, where, rounds=1, span=0.0
+    )
+    assert rows["captured"]["peak_memory_bytes"] == 2**30
+    assert asked.count("replay") == 6  # from the fourth update on: 2 to warm up, 2 to count, 2
+    asked.clear()
+    rows = bandwidth.measure({"fine": lambda: None, "broken": lambda: 1 / 0}, 2, where)
+    assert rows["broken"] == {"error": "ZeroDivisionError: division by zero"}
+    assert rows["fine"]["ms"] >= 0
+    assert asked.count("replay") == 3
