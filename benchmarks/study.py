@@ -28,6 +28,7 @@ from benchmarks.gpu import Cells, Measure, Session, TimeUp
 
 ROOT = Path(__file__).resolve().parent.parent
 SUMMARY = 30.0  # seconds to stop runs and to draw a table
+STOP = 15.0  # of them, for the launcher to end its runs
 KEPT = (
     *("status", "top1", "best_top1", "norm", "batch_size", "sgd_batch_size", "seed", "epochs"),
     *("updates", "learning_rate", "images_per_second", "wall_seconds", "peak_memory_bytes"),
@@ -90,7 +91,7 @@ def train(cells: Cells, what: str, overrides: list[str]) -> dict[str, Any]:
         if process.poll() is None:  # also where something else went wrong
             process.send_signal(signal.SIGINT)  # the launcher ends its runs
             try:
-                process.wait(15)
+                process.wait(STOP)
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
@@ -134,6 +135,14 @@ def pack(study: Path, archive: Path) -> None:
     temporary.replace(archive)
 
 
+def unpack(study: Path, archive: Path) -> None:
+    """The same on a machine that has not seen them."""
+    if archive.exists() and not study.exists():
+        study.parent.mkdir(parents=True, exist_ok=True)
+        with tarfile.open(archive) as tar:
+            tar.extractall(study.parent, filter="data")
+
+
 def summarize(session: Session, cells: Cells) -> None:
     study, archive = folder(session), session.out / f"{session.part}-runs.tar.gz"
     runs = {path.parent.name: outcome(path.parent) for path in sorted(study.glob("*/.hydra"))}
@@ -162,12 +171,7 @@ def summarize(session: Session, cells: Cells) -> None:
 def run(cells: Cells) -> None:
     session = cells.session
     session.runs, session.out = session.runs.absolute(), session.out.absolute()
-    archive = session.out / f"{session.part}-runs.tar.gz"
-    if archive.exists() and not folder(session).exists():
-        session.runs.mkdir(parents=True, exist_ok=True)
-        with tarfile.open(archive) as tar:
-            tar.extractall(session.runs, filter="data")
-        cells.say(f"finished runs of {archive} are skipped")
+    unpack(folder(session), session.out / f"{session.part}-runs.tar.gz")
     planned = sweeps(session)
     measures: dict[str, Measure] = {}
     if any(cells.open(what) for what in planned):

@@ -79,13 +79,7 @@ def test_right_counts_what_is_skipped(session, monkeypatch):
     assert "4 of 8 tests have passed already" in session("right")[0]
 
 
-def test_table_trains_draws_and_goes_on_elsewhere(session, tmp_path, monkeypatch):
-    monkeypatch.setattr(study, "SUMMARY", 0.0)
-    said, result = session("table", seconds=8)  # 5 are kept to write
-    assert "time is up before data=digits" in said
-    assert list(result["cells"]) == ["data"]
-    assert list(result["spent"]) == study.TINY
-    monkeypatch.undo()
+def test_table_trains_and_draws(session, tmp_path):
     said, result = session("table")
     assert failed(result) == {}
     runs = result["runs"]
@@ -96,15 +90,37 @@ def test_table_trains_draws_and_goes_on_elsewhere(session, tmp_path, monkeypatch
     assert str(tmp_path) not in json.dumps(result)
     for name in ("table.md", "table.csv"):
         assert "bn" in (tmp_path / "out" / name).read_text()
-    # Another machine, which has nothing but the folder of results.
-    shutil.rmtree(tmp_path / "runs")
-    cell = next(key for key in result["cells"] if key != "data")
-    del result["cells"][cell]
-    (tmp_path / "out" / "table.json").write_text(json.dumps(result))
-    said, second = session("table")
-    assert "finished runs of" in said
+    again, second = session("table")
+    assert "1 of 1 cells are there already" in again
     assert second["runs"] == runs
-    assert cell in second["cells"]
+    # Another machine, which has nothing but the folder of results.
+    place = tmp_path / "runs" / "tiny"
+    shutil.rmtree(tmp_path / "runs")
+    study.unpack(place, tmp_path / "out" / "table-runs.tar.gz")
+    found = {run.name: study.outcome(run) for run in place.iterdir()}
+    assert found == runs
+    assert not list(place.rglob("*.pt"))
+
+
+@pytest.mark.parametrize("polite", [True, False])
+def test_a_sweep_is_interrupted_in_time(tmp_path, monkeypatch, polite):
+    """As by Ctrl-C, so that the launcher ends its runs; the next call goes on."""
+    ignore = "" if polite else "signal.signal(signal.SIGINT, signal.SIG_IGN)"
+    (tmp_path / "train.py").write_text(
+        f"import signal, time\n{ignore}\nopen('started', 'w').close()\n"
+        f"try:\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    open('ended', 'w').close()\n"
+    )
+    monkeypatch.setattr(study, "ROOT", tmp_path)
+    monkeypatch.setattr(study, "STOP", 15.0 if polite else 0.2)
+    monkeypatch.setattr(sys, "argv", ["gpu.py"])
+    now = gpu.Session("table", tmp_path, time.time() + 100, tiny=True)
+    monkeypatch.setattr(study, "SUMMARY", 92.0)  # of 95 seconds that are left
+    found = gpu.Cells(now)
+    found.run({"sweep": lambda: study.train(found, "sweep", ["batch=2"])})
+    assert (tmp_path / "started").exists()
+    assert (tmp_path / "ended").exists() == polite
+    assert found.result["cells"] == {}
+    assert list(found.result["spent"]) == ["sweep"]
 
 
 @pytest.mark.parametrize("part", study.SWEEPS)
