@@ -37,13 +37,7 @@ __all__ = [
     "names",
 ]
 
-_SHARED = {
-    "convert",
-    "fold",
-    "kernels",
-    "moments",
-    "scheme",
-}  # files of this folder that are no method
+_SHARED = {"convert", "fold", "moments", "scheme"}  # files of this folder that are no method
 
 
 def names() -> list[str]:

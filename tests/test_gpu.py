@@ -1,7 +1,7 @@
 """What a GPU computes, against float64 on the CPU, and how it is asked to.
 
 The same tests run on the CPU where that says something; those marked `gpu` are skipped without one.
-`scripts/gpu_session.sh right` runs them on a lent card.
+`scripts/gpu_session.sh right` runs them on a card.
 """
 
 import copy
