@@ -142,7 +142,7 @@ class PlainBCN(nn.Module):
         self.bias = nn.Parameter(torch.zeros(groups, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        z = self.bn(x).view(len(x), self.groups, -1)
+        z = self.bn(x).reshape(len(x), self.groups, -1)
         mean = z.mean(2, keepdim=True)
         var = ((z - mean) ** 2).mean(2, keepdim=True)
         return (self.weight * (z - mean) / torch.sqrt(var + EPS) + self.bias).view_as(x)
@@ -152,7 +152,7 @@ class AuthorsBCN(PlainBCN):
     """The same with PyTorch's batch norm for the second one too, as in the authors' code."""
 
     def forward(self, x: Tensor) -> Tensor:
-        z = self.bn(x).view(1, len(x) * self.groups, -1)
+        z = self.bn(x).reshape(1, len(x) * self.groups, -1)
         z = F.batch_norm(z, None, None, training=True, momentum=0.0, eps=EPS)
         return (self.weight * z.view(len(x), self.groups, -1) + self.bias).view_as(x)
 

@@ -44,12 +44,13 @@ SIZE, RESIZE = 224, 256
 OURS = "smallbatch"
 
 
-def link(folder: Path, root: Path) -> list[Path]:
-    """A tree of two classes in `root` that shows the photographs in `folder`; returns them."""
+def link(folder: Path, root: Path, least: int = 0) -> list[Path]:
+    """A tree of two classes in `root` that shows the photographs in `folder`, so often that there
+    are at `least` so many; returns them."""
     files = sorted(f for f in folder.rglob("*") if f.name.lower().endswith(ENDINGS))
     if len(files) < 2:
         raise ValueError(f"{folder}: {len(files)} photographs; expected at least 2")
-    for i, file in enumerate(files):
+    for i, file in enumerate(files * max(1, -(-least // len(files)))):
         for part in ("train", "val"):
             place = root / part / "ab"[i % 2] / f"{i:07d}{file.suffix}"
             place.parent.mkdir(parents=True, exist_ok=True)
