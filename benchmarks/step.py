@@ -169,7 +169,7 @@ def ours(
     where, batch = images.device, len(images)
     model, made = build(network, scheme, batch, classes)
     device.prepare(where, None, None, print)
-    model.to(where).to(memory_format=device.memory_format(where, "auto", made.channels_last))
+    model.to(where).to(memory_format=device.memory_format("auto", made.channels_last))
     plan = Plan(batch, batch, 1, batch, 0.0)
     step = Step(model, plan, recipe(precision=precision), say=refuse, **how)
     return lambda images, labels: step(images, labels, 0.0)

@@ -30,7 +30,7 @@ def training(kind: str, network: str, batch: int, sgd_batch: int) -> Callable[[]
     """An update, on the next images; the first ones are done."""
     where = torch.device(kind)
     model, scheme = build(network, "bn", batch, 10)
-    model.to(where).to(memory_format=device.memory_format(where, "auto", scheme.channels_last))
+    model.to(where).to(memory_format=device.memory_format("auto", scheme.channels_last))
     plan = Plan(batch, sgd_batch, 1, sgd_batch, 0.0)
     step = Step(model, plan, recipe(), graph=where.type == "cuda", say=refuse)
     train, test = data.sources.synthetic(32, 10, 3, 8 * sgd_batch, 10).read()
