@@ -49,7 +49,7 @@ def main(cfg: DictConfig) -> float | None:
     )
     probe = probes.build(**cfg.probe, model=model, batch=plan.batch)
     shape = (plan.forward, source.channels, source.size, source.size)
-    models.rehearse(model, shape, source.num_classes)
+    models.rehearse(model, shape, source.num_classes, meta=plan.devices > 1)
     graph.wanted(cfg, where)
     if cfg.runtime.compile:
         device.check_compiler(where)

@@ -116,15 +116,25 @@ def build(
     return model
 
 
-@torch.no_grad()
-def rehearse(model: nn.Module, shape: tuple[int, int, int, int], num_classes: int) -> None:
-    """A training forward pass without data or arithmetic, for the errors that it would raise.
+SMALL = 2**17  # pixels in a forward pass that take less time than loading what meta tensors need
 
-    Runs a copy of the model on the meta device. Raises `ValueError`, also for a network that
-    returns anything but logits (N, num_classes).
+
+@torch.no_grad()
+def rehearse(
+    model: nn.Module, shape: tuple[int, int, int, int], num_classes: int, meta: bool = False
+) -> None:
+    """A training forward pass without data, for the errors that it would raise.
+
+    Runs a copy of the model on black images; many or large ones, or if `meta`, on the meta device,
+    without arithmetic. Raises `ValueError`, also for a network that returns anything but logits
+    (N, num_classes).
     """
+    model = copy.deepcopy(model).train()
+    if meta or shape[0] * shape[2] * shape[3] > SMALL:
+        model.to("meta")
     try:
-        logits = copy.deepcopy(model).to("meta").train()(torch.empty(shape, device="meta"))
+        with torch.random.fork_rng(devices=[]):  # dropout draws from it
+            logits = model(torch.zeros(shape, device=next(model.parameters()).device))
     except (RuntimeError, AssertionError) as error:  # timm asserts the size of images
         raise ValueError(
             f"{type(model).__name__} cannot take images of {shape[2]}x{shape[3]} ({error})"

@@ -482,6 +482,20 @@ def test_a_fault_of_ours_shows_its_traceback(train, monkeypatch):
         train()
 
 
+def test_a_run_loads_only_what_it_uses(tmp_path):
+    """Each of these takes a second or two."""
+    keys = ["recipe.updates=1", f"runtime.runs={tmp_path}", "runtime.threads=1"]
+    code = (
+        f"import runpy, sys; sys.argv = {['train.py', *keys]}; "
+        "runpy.run_path('train.py', run_name='__main__'); "
+        "print(*{'torch._dynamo', 'torchvision', 'timm', 'matplotlib', 'sklearn'} & {*sys.modules})"
+    )
+    made = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert made.returncode == 0, made.stderr
+    assert "top-1" in made.stdout.splitlines()[-2]
+    assert made.stdout.splitlines()[-1] == ""
+
+
 def test_full_error_is_left_to_hydra(tmp_path):
     environment = {**os.environ, "HYDRA_FULL_ERROR": "1"}
     command = [sys.executable, "train.py", "batch=0", f"runtime.runs={tmp_path}"]

@@ -1,5 +1,6 @@
 """The optimizer's parameter groups and its learning rate."""
 
+import inspect
 import math
 from typing import Any
 
@@ -30,8 +31,24 @@ def parameter_groups(model: nn.Module, recipe: Any) -> list[dict[str, Any]]:
     return [g for g in groups if g["params"]]
 
 
-def sgd(model: nn.Module, recipe: Any, lr: float) -> torch.optim.SGD:
-    return torch.optim.SGD(
+class Light:
+    """An optimizer that leaves PyTorch's compiler alone, which others load in order to tell it that
+    it need not look at them: two of the seven seconds in which a run would start."""
+
+    for _name in ("add_param_group", "zero_grad", "state_dict", "load_state_dict"):
+        locals()[_name] = inspect.unwrap(getattr(torch.optim.Optimizer, _name))
+
+
+class SGD(Light, torch.optim.SGD):
+    step = torch.no_grad()(inspect.unwrap(torch.optim.SGD.step))
+
+
+class AdamW(Light, torch.optim.AdamW):
+    step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
+
+
+def sgd(model: nn.Module, recipe: Any, lr: float) -> SGD:
+    return SGD(
         parameter_groups(model, recipe),
         lr=lr,
         momentum=recipe.momentum,
@@ -40,19 +57,17 @@ def sgd(model: nn.Module, recipe: Any, lr: float) -> torch.optim.SGD:
     )
 
 
-def adamw(model: nn.Module, recipe: Any, lr: float) -> torch.optim.AdamW:
+def adamw(model: nn.Module, recipe: Any, lr: float) -> AdamW:
     """Adam with decoupled weight decay (arXiv 1711.05101): each step takes lr * weight_decay *
     weight from a weight."""
     groups = parameter_groups(model, recipe)
     on_gpu = groups[0]["params"][0].is_cuda  # where a step may be recorded
-    return torch.optim.AdamW(
-        groups, lr=lr, betas=tuple(recipe.betas), fused=True, capturable=on_gpu
-    )
+    return AdamW(groups, lr=lr, betas=tuple(recipe.betas), fused=True, capturable=on_gpu)
 
 
 def build(model: nn.Module, recipe: Any, lr: float) -> torch.optim.Optimizer:
     """The one of `recipe.optimizer`."""
-    return {"sgd": sgd, "adamw": adamw}[recipe.optimizer](model, recipe, lr)
+    return adamw(model, recipe, lr) if recipe.optimizer == "adamw" else sgd(model, recipe, lr)
 
 
 def learning_rate(update: int, updates: int, peak: float, recipe: Any) -> float:

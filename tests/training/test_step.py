@@ -295,7 +295,7 @@ MODERN = {
     "adamw": ["recipe.optimizer=adamw", "recipe.betas=[0.8,0.9]", "recipe.lr=0.001"],
     "clip": ["recipe.clip=0.5", "recipe.precision=float16"],
     "all": ["recipe.mixup=0.2", "recipe.cutmix=1", "recipe.ema=0.9", "recipe.label_smoothing=0.1"],
-    "channels_last": ["runtime.channels_last=true"],
+    "contiguous": ["runtime.channels_last=false"],
 }
 
 
@@ -305,11 +305,16 @@ def test_runs(train, name):
     assert done.status == 0, done.err
     result = json.loads((done.run() / "result.json").read_text())
     assert result["ema"] == (0.9 if name == "all" else 0.0)
-    assert result["channels_last"] == (name == "channels_last")
+    assert result["channels_last"] == (name != "contiguous")
     assert result["compiled"] is False
     assert result["debug"] is None
-    told = {"adamw": "  adamw\n", "clip": "  clip 0.5\n", "all": "  mixup 0.2, cutmix 1, eval"}
-    assert told.get(name, "channels last in memory") in done.out
+    told = {
+        "adamw": "  adamw, chan",
+        "clip": "  clip 0.5, chan",
+        "all": "  mixup 0.2, cutmix 1, eval",
+    }
+    assert told.get(name, "") in done.out
+    assert ("channels last in memory" in done.out) == (name != "contiguous")
 
 
 def test_a_run_from_before_these_keys_is_recognised(train):
