@@ -68,9 +68,11 @@ def _triton() -> Any:
     return kernels
 
 
-def _vectorized(x: Tensor) -> bool:
+def _vectorized(x: Tensor, *others: Tensor, layout: Any = torch.contiguous_format) -> bool:
     """Whether to view maps as channels for a CPU kernel."""
-    return _eager() and x.device.type == "cpu" and x.is_contiguous()
+    if not _eager() or x.device.type != "cpu":
+        return False
+    return all(t.is_contiguous(memory_format=layout) for t in (x, *others))
 
 
 def _as_channels(x: Tensor, rows: int) -> Tensor:
@@ -134,7 +136,8 @@ def sums(dy: Tensor, x: Tensor, center: Tensor) -> tuple[Tensor, Tensor]:
         over = (0, 1) if len(center) == 1 else 1  # parts of maps, and images
         total, product = (v.sum(over).view_as(center) for v in kernels.sums(dy, x, center))
         return total, product
-    if _vectorized(x) and dy.is_contiguous():  # what batch norm's backward pass starts with
+    whole = len(center) == 1 and _vectorized(x, dy, layout=torch.channels_last)
+    if whole or _vectorized(x, dy):  # what batch norm's backward pass starts with
         rows, mean = len(center), center.reshape(-1)
         backward = torch.ops.aten.native_batch_norm_backward
         state = (None, None, None, mean, torch.ones_like(mean), True, 0.0, [False, True, True])
