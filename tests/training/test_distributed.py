@@ -12,6 +12,8 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 
+from tests.training.test_step import PLAN, batches, network, recipe
+from training import distributed
 from training.protocol import Plan
 from training.step import Step
 
@@ -196,3 +198,25 @@ def test_a_checkpoint_of_another_number_of_processes_is_refused():
     step = Step(model, Plan(batch=2, sgd_batch=4, devices=2, forward=2, lr=0.1), recipe)
     with pytest.raises(ValueError, match="devices=2: the checkpoint is of 1 processes"):
         step.load_state_dict({})
+
+
+def test_each_process_gets_its_own_buffers_back(monkeypatch):
+    """Those of the network and of its moving average; the rest is the same in all of them."""
+    step = Step(network("bn"), PLAN, recipe(ema=0.5))
+    for images, labels in batches(2):
+        step(images, labels, 0.1)
+    first = step.state_dict()
+    own = {**step.rng(), "buffers": {}, "ema": {}}
+    for part, values in (("model", own["buffers"]), ("ema", own["ema"])):
+        values |= {k: v + 1 for k, v in first[part].items() if "running_" in k}
+    assert own["ema"]
+    state = first | {"others": [own]}
+    plan = Plan(batch=4, sgd_batch=16, devices=2, forward=4, lr=0.1)
+    for rank in (0, 1):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        again = Step(network("bn"), plan, recipe(ema=0.5))
+        again.load_state_dict(state)
+        for part, model in (("model", again.model), ("ema", again.evaluated)):
+            for key, value in model.state_dict().items():
+                there = first[part][key] + (rank if "running_" in key else 0)
+                assert torch.equal(value, there), (rank, part, key)
