@@ -154,9 +154,10 @@ def moments(x: Tensor, centered: bool = True) -> tuple[Tensor, Tensor]:
     programs, length, p, b = grid(x)
     acc, dtype = accumulator(x)
     mean, var = x.new_empty((2, len(x), programs[2], x.shape[1]), dtype=dtype)
-    _moments[programs](
-        x, mean, var, x.shape[1], length, *spans(x), P=p, B=b, ACC=acc, CENTERED=centered
-    )
+    with torch.cuda.device_of(x):  # Triton launches on the current one
+        _moments[programs](
+            x, mean, var, x.shape[1], length, *spans(x), P=p, B=b, ACC=acc, CENTERED=centered
+        )
     return mean, var
 
 
@@ -169,10 +170,11 @@ def sums(dy: Tensor, x: Tensor, center: Tensor) -> tuple[Tensor, Tensor]:
     total, product = x.new_empty((2, len(x), programs[2], x.shape[1]), dtype=dtype)
     center = center.to(dtype).contiguous()
     rows = x.shape[1] if len(center) > 1 else 0
-    _sums[programs](
-        dy, x, center, total, product, x.shape[1], length, *spans(dy), *spans(x), rows,
-        P=p, B=b, ACC=acc,
-    )  # fmt: skip
+    with torch.cuda.device_of(x):
+        _sums[programs](
+            dy, x, center, total, product, x.shape[1], length, *spans(dy), *spans(x), rows,
+            P=p, B=b, ACC=acc,
+        )  # fmt: skip
     return total, product
 
 
@@ -188,8 +190,10 @@ def combine(dy: Tensor | None, a: Tensor | None, x: Tensor, b: Tensor, c: Tensor
     rows = channels if len(b) > 1 else 0
     numbers = [b if v is None else v.to(dtype).expand_as(b).contiguous() for v in (a, c)]
     gradient = x if dy is None else dense(dy)
-    _combine[programs](
-        gradient, numbers[0], x, b, numbers[1], out, channels, h * w, *spans(gradient), *spans(x),
-        rows, P=positions, B=width, ACC=acc, GRADIENT=dy is not None, SHIFT=c is not None,
-    )  # fmt: skip
+    with torch.cuda.device_of(x):
+        _combine[programs](
+            gradient, numbers[0], x, b, numbers[1], out, channels, h * w,
+            *spans(gradient), *spans(x), rows,
+            P=positions, B=width, ACC=acc, GRADIENT=dy is not None, SHIFT=c is not None,
+        )  # fmt: skip
     return out

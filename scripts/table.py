@@ -318,6 +318,8 @@ def show(studies: Sequence[Path], options: Options | None = None, console: Any =
     if options.rows == options.columns:
         raise ValueError(f"--columns {options.columns}: is --rows too; expected another key")
     folder = options.out or studies[-1]
+    if folder.is_file():
+        raise ValueError(f"--out {folder}: is a file; expected a folder")
     folder.mkdir(parents=True, exist_ok=True)
 
     parts = runs.split(records, options.split)

@@ -50,7 +50,7 @@ def test_a_run_and_what_it_leaves(train):
     for told in (
         "batch size 2 (images that share statistics), SGD batch 2",
         "learning rate 0.00625 = 0.1 x 2 / 32",
-        "of 71 updates, leaving out 1 images",
+        "of 71 updates, leaving out 1 image",
         "75,162 parameters",
         str(folder),
     ):

@@ -64,6 +64,8 @@ def prepare(device: torch.device, threads: int | None, state: Any, say: Say) -> 
             f"will differ from those of an uninterrupted run"
         )
     if device.type == "cuda":
+        if device.index is not None:
+            torch.cuda.set_device(device)
         gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)

@@ -57,7 +57,7 @@ class Recorded:
     """
 
     def __init__(self, compute: Compute, device: torch.device, say: Say):
-        self.compute, self.say, self.calls = compute, say, 0
+        self.compute, self.device, self.say, self.calls = compute, device, say, 0
         self.stream: Any = torch.cuda.Stream(device)
         self.replay: Any = None
         self.failed = False
@@ -67,10 +67,11 @@ class Recorded:
         if self.calls > WARM_UP and not self.replay and not self.failed:
             self.record(images, labels)
         if not self.replay:
-            self.stream.wait_stream(torch.cuda.current_stream())
+            current = torch.cuda.current_stream(self.device)
+            self.stream.wait_stream(current)
             with torch.cuda.stream(self.stream):
                 results = self.compute(images, labels)
-            torch.cuda.current_stream().wait_stream(self.stream)
+            current.wait_stream(self.stream)
             return results
         self.images.copy_(images)
         self.labels.copy_(labels)

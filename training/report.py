@@ -26,6 +26,11 @@ def channels_last(model: nn.Module) -> bool:
     return any(p.is_contiguous(memory_format=torch.channels_last) for p in maps)
 
 
+def some(count: int, what: str) -> str:
+    """ "1 update", "2 updates"."""
+    return f"{count} {what}{'' if count == 1 else 's'}"
+
+
 def parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
@@ -41,9 +46,11 @@ def describe(
         how += f", {groups} groups of {plan.batch} in each"
     if plan.devices > 1:
         how = f"on each of {plan.devices} devices, {how}"
-    length = f"{recipe.updates} updates" if recipe.updates else f"{recipe.epochs} epochs of"
-    length += f", an epoch has {per_epoch}" if recipe.updates else f" {per_epoch} updates"
-    left = f", leaving out {loader.left_out} images" if loader.left_out else ""
+    if recipe.updates:
+        length = f"{some(recipe.updates, 'update')}, an epoch has {per_epoch}"
+    else:
+        length = f"{some(recipe.epochs, 'epoch')} of {some(per_epoch, 'update')}"
+    left = f", leaving out {some(loader.left_out, 'image')}" if loader.left_out else ""
     why = graph.obstacle(cfg, device)
     extras = {f"{key} {recipe[key]:g}": recipe[key] for key in ("clip", "mixup", "cutmix")} | {
         "adamw": recipe.optimizer == "adamw",
@@ -55,7 +62,7 @@ def describe(
     }
     also = ", ".join(text for text, there in extras.items() if there)
     also = f"  {also}\n" if also else ""
-    on = f"{torch.get_num_threads()} threads" if device.type == "cpu" else ""
+    on = some(torch.get_num_threads(), "thread") if device.type == "cpu" else ""
     if device.type == "cuda":
         on = torch.cuda.get_device_name(device)
     return (
@@ -90,7 +97,7 @@ def closing(result: dict[str, Any]) -> str:
     if result["status"] == "diverged":
         return f"  diverged: the loss of update {result['diverged_at_update']} is not finite"
     return (
-        f"  top-1 {result['top1']:.2f} % after {result['updates']} updates, "
+        f"  top-1 {result['top1']:.2f} % after {some(result['updates'], 'update')}, "
         f"{result['wall_seconds']:.1f} s"
     )
 

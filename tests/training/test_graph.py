@@ -38,7 +38,7 @@ def played(monkeypatch):
     monkeypatch.setattr(graph, "record", record)
     monkeypatch.setattr(torch.cuda, "Stream", Stream)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: Stream(None))
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
     return recordings
 
 
