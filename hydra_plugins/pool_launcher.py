@@ -129,6 +129,10 @@ class PoolLauncher(Launcher):
                         self.board.update(everything, completed=over, text=f"{over}/{count} runs")
             finally:
                 stop(working)
+                for cell in (worker.cell for worker in working):
+                    now = state(cell.folder)
+                    if now.name == "failed":  # before it could be stopped
+                        self.failed(cell, now.text)
         return [returns[index] for index in sorted(returns)]
 
     def skip(self, cell: Cell) -> JobReturn | None:
@@ -181,14 +185,16 @@ class PoolLauncher(Launcher):
             write(cell.folder / "error.txt", f"{why}; it can go on from its last checkpoint\n")
         now = state(cell.folder)
         if code > 0 or (code < 0 and not over):
-            log = cell.folder / "log.txt"
-            reason = now.text if now.name == "failed" else last_line(log).removeprefix("error: ")
-            Report.failed(cell.overrides, reason, f" ({log})")
-            return JobReturn(
-                overrides=cell.overrides, status=JobStatus.FAILED, _return_value=RunError(reason)
-            )
+            last = last_line(cell.folder / "log.txt").removeprefix("error: ")
+            return self.failed(cell, now.text if now.name == "failed" else last)
         say(f"{cell.folder}: {now.name} {now.text}" if over else last_line(cell.folder / "log.txt"))
         return self.completed(cell)
+
+    def failed(self, cell: Cell, reason: str) -> JobReturn:
+        Report.failed(cell.overrides, reason, f" ({cell.folder / 'log.txt'})")
+        return JobReturn(
+            overrides=cell.overrides, status=JobStatus.FAILED, _return_value=RunError(reason)
+        )
 
     def completed(self, cell: Cell) -> JobReturn:
         file = cell.folder / "result.json"
