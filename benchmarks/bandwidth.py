@@ -14,8 +14,6 @@ related to what the card copies in the same time, `copy`, counting reads and wri
 pixels and below fit into its cache and can exceed it.
 """
 
-import random
-import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -26,7 +24,7 @@ from torch import Tensor, nn
 
 from benchmarks.gpu import Measure, Session, one_line
 from benchmarks.layers import SHAPES, WEIGHTS, Fresh, conv_layers, norm_layers
-from benchmarks.step import clean, spread, synchronize
+from benchmarks.step import clean, interleaved, spread, timed
 
 REPEAT = 10
 NAMED = ("bn", "mabn", "bcn", "bcn estimated", "brn", "nn.GroupNorm, 32 groups")  # in the table
@@ -74,18 +72,10 @@ def measure(calls: Mapping[str, Call], rounds: int, where: torch.device) -> dict
         except Exception as error:
             rows[name] = {"error": one_line(error)}
             ready.pop(name, None)
-    times: dict[str, list[float]] = {name: [] for name in ready}
-    order, shuffle = list(ready), random.Random(0).shuffle
-    for _ in range(rounds):
-        shuffle(order)
-        for name in order:
-            synchronize(where)
-            start = time.perf_counter()
-            ready[name]()
-            synchronize(where)
-            times[name].append(1000 * (time.perf_counter() - start) / REPEAT)
-    for name, t in times.items():
-        rows[name] = {"ms": round(float(np.median(t)), 5), "iqr_ms": round(spread(np.array(t)), 5)}
+    timers = {name: partial(timed, call, 1, where) for name, call in ready.items()}
+    for name, seconds in interleaved(timers, rounds).items():
+        t = 1000 * seconds / REPEAT
+        rows[name] = {"ms": round(float(np.median(t)), 5), "iqr_ms": round(spread(t), 5)}
     return {name: rows[name] for name in calls}
 
 

@@ -5,7 +5,7 @@ schemes, float32 as PyTorch's defaults have it. In one cell, in turn:
 
 timm      the network with batch norm (ResNet-50: timm's; ResNet-20: ours, whose layers then are
           PyTorch's own) in timm's training loop, which fetches the loss at every step
-plain     the scheme with its layers as their formulas read (benchmarks/layers.py), in that loop
+plain     the scheme with its layers as their formulas read (benchmarks/formulas.py), in that loop
 eager     our step, call by call
 captured  our step as a CUDA graph
 compiled, compiled and captured: our step by torch.compile, in cells of their own, since that takes
@@ -22,7 +22,7 @@ memory is that of the fourth and fifth step, when a graph is recorded, over what
 import gc
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,18 +33,8 @@ from torch import Tensor, nn
 
 import models
 import norms
+from benchmarks.formulas import plain
 from benchmarks.gpu import Measure, Session, one_line
-from benchmarks.layers import (
-    EPS,
-    Plain,
-    PlainBCN,
-    PlainBN,
-    PlainCentered,
-    PlainEstBN,
-    PlainMABN,
-    PlainWS,
-)
-from norms.scheme import replace_child
 from training import device
 from training.protocol import Plan
 from training.step import Step
@@ -54,84 +44,8 @@ NETWORKS = {"resnet20": (32, 10), "resnet50": (224, 1000)}  # pixels and classes
 BATCHES = (2, 1, 4, 8, 32, 256)
 TINY = {"resnet8": (16, 10)}
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
-LOOPS = ("timm", "plain")  # where cuDNN tries what is fastest, as timm's script has it
 WARM = 3  # calls of a step before it is recorded
 Run = Callable[[], Any]
-
-
-# --- the plain forms of whole networks
-
-
-class PlainGN(Plain):
-    def __init__(self, groups: int, channels: int):
-        super().__init__(channels)
-        self.groups = groups
-
-    def forward(self, x: Tensor) -> Tensor:
-        z = x.reshape(len(x), self.groups, -1)
-        mean = z.mean(2, keepdim=True)
-        var = ((z - mean) ** 2).mean(2, keepdim=True)
-        z = ((z - mean) / torch.sqrt(var + EPS)).view_as(x)
-        return self.weight.view(1, -1, 1, 1) * z + self.bias.view(1, -1, 1, 1)
-
-
-class PlainWSInside(nn.Conv2d):
-    """BCN's form of weight standardization: eps inside the root."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
-        std = torch.sqrt(weight.flatten(1).var(1) + EPS).view(-1, 1, 1, 1)
-        return self._conv_forward(x, weight / std, self.bias)
-
-
-class PlainPWS(nn.Conv2d):
-    gamma: float
-    gain: float
-    alpha: Tensor
-
-    def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
-        var = (weight**2).mean((1, 2, 3), keepdim=True)
-        weight = self.gain * self.alpha.view(-1, 1, 1, 1) * weight / torch.sqrt(var + self.gamma)
-        return self._conv_forward(x, weight, self.bias)
-
-
-def plain_norm(layer: nn.Module) -> nn.Module | None:
-    """A norm of ours in the plain form, at its start; None for any other layer."""
-    if isinstance(layer, norms.BatchChannelNorm2d):
-        estimated = isinstance(layer.bn, norms.EstimatedBatchNorm2d)
-        bn = (PlainEstBN if estimated else PlainBN)(layer.num_channels)
-        return PlainBCN(bn, layer.num_groups)
-    if isinstance(layer, norms.MABN2d):
-        form = PlainMABN(layer.num_features, len(layer.window_square))
-        form.batches = 2000  # past its warm-up, where it costs the most
-        return form
-    if isinstance(layer, nn.BatchNorm2d):
-        return PlainBN(layer.num_features)
-    if isinstance(layer, nn.GroupNorm):
-        return PlainGN(layer.num_groups, layer.num_channels)
-    return None
-
-
-def plain_conv(layer: nn.Conv2d) -> None:
-    """Turn a convolution of ours into its plain form, in place: the parameters are the same."""
-    if isinstance(layer, norms.WSConv2d):
-        layer.__class__ = PlainWSInside if layer.eps_inside else PlainWS  # type: ignore[assignment]
-    elif isinstance(layer, norms.PWSConv2d):
-        layer.__class__ = PlainPWS  # type: ignore[assignment]
-    elif isinstance(layer, norms.CenteredConv2d):
-        layer.__class__ = PlainCentered  # type: ignore[assignment]
-
-
-def plain(model: nn.Module) -> nn.Module:
-    """The network with every layer as its formulas read, as `build` has just made it."""
-    for name, layer in list(model.named_modules()):
-        form = plain_norm(layer)
-        if form:
-            replace_child(model, name, form)
-        elif isinstance(layer, nn.Conv2d):
-            plain_conv(layer)
-    return model
 
 
 # --- the steps
@@ -271,6 +185,17 @@ def warmed(make: Callable[[], Run], where: torch.device) -> tuple[Run, Any]:
     return step, peak
 
 
+def interleaved(timers: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, np.ndarray]:
+    """What each timer says in every round, in shuffled order."""
+    found: dict[str, list[float]] = {name: [] for name in timers}
+    order, shuffle = list(timers), random.Random(0).shuffle
+    for _ in range(rounds):
+        shuffle(order)
+        for name in order:
+            found[name].append(timers[name]())
+    return {name: np.array(values) for name, values in found.items()}
+
+
 def spread(values: np.ndarray) -> float:
     return float(np.subtract(*np.percentile(values, [75, 25])))
 
@@ -284,7 +209,6 @@ def compare(
     counts: dict[str, int] = {}
     rows: dict[str, dict[str, Any]] = {}
     for name, make in makers.items():
-        torch.backends.cudnn.benchmark = name in LOOPS
         try:
             steps[name], peak = warmed(make, where)
             counts[name] = max(2, round(span / timed(steps[name], 2, where)))
@@ -292,14 +216,8 @@ def compare(
         except Exception as error:  # out of memory, a layer that cannot be recorded, …
             rows[name] = {"error": one_line(error)}
             steps.pop(name, None)
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    order, shuffle = list(steps), random.Random(0).shuffle
-    for _ in range(rounds):
-        shuffle(order)
-        for name in order:
-            torch.backends.cudnn.benchmark = name in LOOPS
-            times[name].append(timed(steps[name], counts[name], where))
-    taken = {name: np.array(t) for name, t in times.items()}
+    timers = {name: partial(timed, step, counts[name], where) for name, step in steps.items()}
+    taken = interleaved(timers, rounds)
     for name, t in taken.items():
         rows[name] |= {
             "images_per_second": round(float(np.median(batch / t)), 2),
@@ -351,6 +269,7 @@ def kernels(step: Run, count: int, where: torch.device) -> dict[str, Any]:
 
 def cells(session: Session) -> dict[str, Measure]:
     where = torch.device(session.device)
+    torch.backends.cudnn.benchmark = True  # as train.py and timm's script have it
     networks, batches = (TINY, (2,)) if session.tiny else (NETWORKS, BATCHES)
     rounds, span = (2, 0.0) if session.tiny else (5, 0.1)
     why = "a rehearsal: no GPU" if where.type == "cpu" else ""
@@ -374,7 +293,6 @@ def cells(session: Session) -> dict[str, Measure]:
     def profiled(network: str, batch: int, scheme: str) -> dict[str, Any]:
         name = "eager" if why else "captured"
         make = variants(network, scheme, *inputs(network, batch))[name]
-        torch.backends.cudnn.benchmark = False
         try:
             return {"variant": name} | kernels(warmed(make, where)[0], 2 if why else 50, where)
         finally:

@@ -29,6 +29,7 @@ WARM = 6  # updates before the clock starts: a graph is recorded with the fourth
 def training(kind: str, network: str, batch: int, sgd_batch: int) -> Callable[[], None]:
     """An update, on the next images; the first ones are done."""
     where = torch.device(kind)
+    torch.backends.cudnn.benchmark = True  # as train.py has it
     model, scheme = build(network, "bn", batch, 10)
     model.to(where).to(memory_format=device.memory_format("auto", scheme.channels_last))
     plan = Plan(batch, sgd_batch, 1, sgd_batch, 0.0)

@@ -5,7 +5,7 @@ Each reads an activation once and, for those that give one, writes one: forward 
 reads and a write forward and four reads and a write backward. Half precision is computed in
 float32, float64 in itself.
 
-A program takes a tile of positions and channels of one image, whose shorter side follows memory:
+A program takes a tile of positions and channels of one image, whose longer side follows memory:
 contiguous maps are read along positions, channels-last ones along channels.
 """
 
@@ -110,19 +110,14 @@ def dense(x: Tensor) -> Tensor:
     return x if x.is_contiguous() or last else x.contiguous()
 
 
-def power(n: int) -> int:
-    """The least power of two that is not below n."""
-    return 1 << (n - 1).bit_length()
-
-
 def tile(x: Tensor) -> tuple[int, int]:
     """Positions and channels of a program's tile."""
     _, channels, height, width = x.shape
     if x.is_contiguous():
-        positions = min(TILE, power(height * width))
-        return positions, min(TILE // positions, power(channels))
-    own = min(64, power(channels))
-    return min(TILE // own, power(height * width)), own
+        positions = min(TILE, triton.next_power_of_2(height * width))
+        return positions, min(TILE // positions, triton.next_power_of_2(channels))
+    own = min(64, triton.next_power_of_2(channels))
+    return min(TILE // own, triton.next_power_of_2(height * width)), own
 
 
 @cache

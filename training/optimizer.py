@@ -2,6 +2,7 @@
 
 import inspect
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -35,8 +36,10 @@ class Light:
     """An optimizer that leaves PyTorch's compiler alone, which others load in order to tell it that
     it need not look at them: two of the seven seconds in which a run would start."""
 
-    for _name in ("add_param_group", "zero_grad", "state_dict", "load_state_dict"):
-        locals()[_name] = inspect.unwrap(getattr(torch.optim.Optimizer, _name))
+    add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
+    zero_grad = inspect.unwrap(torch.optim.Optimizer.zero_grad)
+    state_dict = inspect.unwrap(torch.optim.Optimizer.state_dict)
+    load_state_dict = inspect.unwrap(torch.optim.Optimizer.load_state_dict)
 
 
 class SGD(Light, torch.optim.SGD):
@@ -67,7 +70,8 @@ def adamw(model: nn.Module, recipe: Any, lr: float) -> AdamW:
 
 def build(model: nn.Module, recipe: Any, lr: float) -> torch.optim.Optimizer:
     """The one of `recipe.optimizer`."""
-    return adamw(model, recipe, lr) if recipe.optimizer == "adamw" else sgd(model, recipe, lr)
+    kinds: dict[str, Callable[..., torch.optim.Optimizer]] = {"sgd": sgd, "adamw": adamw}
+    return kinds[recipe.optimizer](model, recipe, lr)
 
 
 def learning_rate(update: int, updates: int, peak: float, recipe: Any) -> float:

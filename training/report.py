@@ -27,7 +27,7 @@ def channels_last(model: nn.Module) -> bool:
 
 
 def some(count: int, what: str) -> str:
-    """ "1 update", "2 updates"."""
+    """As in 1 update, 2 updates."""
     return f"{count} {what}{'' if count == 1 else 's'}"
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import norms
-from benchmarks import bandwidth, step
+from benchmarks import bandwidth, formulas, step
 
 
 @pytest.mark.parametrize("batch", [2, 8])
@@ -17,7 +17,7 @@ def test_plain_networks_compute_what_ours_do(scheme, batch):
     for form in (lambda model: model, step.plain):
         model = form(step.build("resnet8", scheme, batch, 5)[0])
         for layer in model.modules():
-            if isinstance(layer, step.PlainMABN):
+            if isinstance(layer, formulas.PlainMABN):
                 layer.batches = 0
         torch.manual_seed(3)
         loss = nn.functional.cross_entropy(
