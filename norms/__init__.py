@@ -1,4 +1,4 @@
-"""Normalization methods, one file each; this folder needs nothing but torch (three of them timm).
+"""Normalization methods, one file each; this folder needs torch and NumPy (three of them timm).
 
 scheme = norms.build("mabn", batch_size=2)
 scheme.conv(64, 128, 3, padding=1), scheme.norm(128)
@@ -38,7 +38,7 @@ __all__ = [
 ]
 
 # Files of this folder that are no method:
-_SHARED = {"convert", "fold", "kernels", "moments", "scheme"}
+_SHARED = {"convert", "fold", "kernels", "moments", "numbers", "scheme"}
 
 
 def names() -> list[str]:

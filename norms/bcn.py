@@ -30,8 +30,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from norms import moments as m
+from norms import numbers as num
 from norms.bn import GhostBatchNorm2d
 from norms.gn import check_groups, fit_groups
+from norms.numbers import Array
 from norms.scheme import Scheme, conv, frozen_batch_norm
 from norms.ws_gn import WSConv2d
 
@@ -66,23 +68,25 @@ class EstimatedBatchNorm2d(nn.Module):
         if not self.training:
             state = (self.running_mean, self.running_var, self.weight, self.bias)
             return F.batch_norm(x, *state, training=False, eps=self.eps)
-        mean, var = self.statistics(*m.moments(x), x.shape[2] * x.shape[3])
-        inverse = torch.rsqrt(var + self.eps)
+        mean, inverse = self.statistics(*m.moments(x.detach()), x.shape[2] * x.shape[3])
         return m.Normalize.apply(x, self.weight, self.bias, mean, inverse, None, None, False)
 
-    @torch.no_grad()
-    def statistics(self, mean: Tensor, var: Tensor, area: int) -> tuple[Tensor, Tensor]:
-        """From the moments of every map, (N, C), to the estimates that each group meets, (G, C),
-        which every group in turn has moved. In evaluation the last estimates, (1, C)."""
+    @num.quiet
+    def statistics(self, mean: Array, var: Array, area: int) -> tuple[Tensor, Tensor]:
+        """From the moments of every map, (N, C), to mean and 1 / sqrt(var + eps) as each group
+        meets them, (G, C): the estimates that every group in turn has moved. In evaluation the last
+        estimates, (1, C)."""
         if not self.training:
-            return self.running_mean[None], self.running_var[None]
-        mean, var = m.pool(m.split(mean, self.batch_size), m.split(var, self.batch_size), dim=1)
-        means = m.moving_average(self.running_mean, mean, self.rate)
-        around_old = var + (mean - means[:-1]) ** 2
-        variances = m.moving_average(self.running_var, around_old, self.rate)
-        self.running_mean.copy_(means[-1])
-        self.running_var.copy_(variances[-1])
-        return means[1:], variances[1:]
+            return self.running_mean[None], torch.rsqrt(self.running_var + self.eps)[None]
+        running = (self.running_mean, self.running_var)
+        xp, mean, var, running_mean, running_var = num.arrays(mean, var, *running)
+        mean, var = m.pooled(mean, var, self.batch_size)
+        before, means = num.moving_average(running_mean, mean, self.rate)
+        around_old = var + (mean - before) ** 2
+        _, variances = num.moving_average(running_var, around_old, self.rate)
+        running_mean[...] = means[-1]
+        running_var[...] = variances[-1]
+        return num.tensor(means), num.tensor(1 / xp.sqrt(variances + self.eps))
 
     def fold(self) -> nn.Module:
         """What it computes in evaluation, in PyTorch's own layers: see `norms/fold.py`."""
@@ -100,65 +104,64 @@ class _BatchChannelNorm(torch.autograd.Function):
     """
 
     @staticmethod
+    @num.quiet
     def forward(ctx, x, bn_weight, bn_bias, weight, bias, mean, var, center, inverse, eps, through):
-        scale = bn_weight * inverse
-        away = mean - m.spread(center, len(x))
-        scale = m.spread(scale, len(x))
-        z = torch.addcmul(bn_bias, away, scale)  # the mean of every map's z, (N, C)
-        groups = (len(weight), -1)
-        z_mean, z_var = m.pool(z.unflatten(1, groups), (var * scale**2).unflatten(1, groups), 2)
-        z_inverse = torch.rsqrt(z_var + eps)  # (N, K)
+        images, shape = len(x), (-1, len(weight), x.shape[1] // len(weight))  # (N, K, C / K)
+        parameters, statistics = (bn_weight, bn_bias, weight, bias), (mean, var, center, inverse)
+        xp, scale, shift, gain, bias, mean, var, center, inverse = num.arrays(
+            *parameters, *statistics
+        )
+        scale = num.spread(scale * inverse, images).reshape(shape)
+        away = (mean - num.spread(center, images)).reshape(shape)
+        z = away * scale + shift.reshape(shape)  # the mean of every map's z
+        z_mean, z_var = num.pool(z, var.reshape(shape) * scale**2, 2)
+        z_inverse = 1 / xp.sqrt(z_var + eps)  # (N, K)
         ctx.save_for_backward(
-            x, bn_weight, bn_bias, weight, mean, var, center, inverse, z_mean, z_inverse
+            x, *parameters[:3], *statistics, num.tensor(z_mean), num.tensor(z_inverse)
         )
         ctx.through = through
-        gain = (weight * z_inverse)[:, :, None]  # y = gain * (z - z_mean) + bias
-        z_shift = (z.unflatten(1, groups) - z_mean[:, :, None]) * gain + bias[:, None]
-        scale = (scale.unflatten(-1, groups) * gain).flatten(1)
-        return m.affine(x, scale, torch.addcmul(z_shift.flatten(1), mean, scale, value=-1))
+        gain = (gain * z_inverse)[:, :, None]  # y = gain * (z - z_mean) + bias
+        shift = (z - z_mean[:, :, None]) * gain + bias[:, None] - mean.reshape(shape) * scale * gain
+        return m.affine(x, (scale * gain).reshape(images, -1), shift.reshape(images, -1))
 
     @staticmethod
     @once_differentiable
+    @num.quiet
     def backward(ctx, dy):
-        saved = ctx.saved_tensors
-        x, bn_weight, bn_bias, weight, mean, var, center, inverse, z_mean, z_inverse = saved
-        images, channels, height, width = x.shape
-        area, width_of_group = height * width, channels // len(weight)
-        center, inverse = m.spread(center, images), m.spread(inverse, images)
-        scale, away = bn_weight * inverse, mean - center
-
-        def per_channel(values: Tensor) -> Tensor:
-            return values.repeat_interleave(width_of_group, 1)
+        x, *saved = ctx.saved_tensors
+        numbers = num.arrays(*m.sums(dy, x, saved[3]), *saved)
+        _, total, product, scale, shift, weight, mean, var, center, inverse, *z_moments = numbers
+        images, groups, area = len(x), len(center), x.shape[2] * x.shape[3]
+        shape = (-1, len(weight), x.shape[1] // len(weight))
+        z_mean, z_inverse = (v[:, :, None] for v in z_moments)
+        mean, center, var, inverse, total, product, scale, shift = (
+            v.reshape(shape) for v in (mean, center, var, inverse, total, product, scale, shift)
+        )
+        center, inverse = num.spread(center, images), num.spread(inverse, images)
+        away, scale = mean - center, scale * inverse
 
         # y = weight * u + bias with u = (x - mean) * p + q
-        z = torch.addcmul(bn_bias, away, scale)
-        z_inverse_c = per_channel(z_inverse)
-        p, q = scale * z_inverse_c, (z - per_channel(z_mean)) * z_inverse_c
-        total, product = m.sums(dy, x, mean)
-        dyu = torch.addcmul(p * product, q, total)
-        dbias = total.unflatten(1, (len(weight), -1)).sum(2)
-        dweight = dyu.unflatten(1, (len(weight), -1)).sum(2)
+        p, q = scale * z_inverse, (away * scale + shift - z_mean) * z_inverse
+        dbias, dweight = total.sum(2), (p * product + q * total).sum(2)
         # dz = a * dy + b * (x - mean) + c
-        gain = weight * z_inverse
-        a = per_channel(gain)
-        first = per_channel(gain * dbias / -(width_of_group * area))
-        second = per_channel(gain * dweight / -(width_of_group * area))
-        b, c = second * p, torch.addcmul(first, second, q)
+        a = weight[:, None] * z_inverse
+        of_all = a / -(shape[2] * area)
+        first, second = of_all * dbias[:, :, None], of_all * dweight[:, :, None]
+        b, c = second * p, first + second * q
         # the sums of dz and of dz * (x - center)
         dz = a * total + area * c
-        dzx = torch.addcmul(a * product + away * dz, b, var, value=area)
+        dzx = a * product + away * dz + area * b * var
         if ctx.through:
-            groups = len(saved[6])
             n = images // groups * area
-            of_dz = m.spread(m.gather(dz, groups) / -n, images)
-            of_dzx = m.spread(m.gather(dzx, groups) / -n, images) * inverse.square()
-            b = b + of_dzx
-            c = c + torch.addcmul(of_dz, of_dzx, away)
+            of_dz = num.spread(num.gather(dz, groups) / -n, images)
+            of_dzx = num.spread(num.gather(dzx, groups) / -n, images) * inverse**2
+            b, c = b + of_dzx, c + of_dz + of_dzx * away
         b = b * scale
-        c = torch.addcmul(c * scale, b, mean, value=-1)
-        dx = m.combine(dy, a * scale, x, b, c)
-        state = (None,) * 6
-        return dx, (inverse * dzx).sum(0), dz.sum(0), dweight.sum(0), dbias.sum(0), *state
+        c = c * scale - b * mean
+        a, b, c = (v.reshape(images, -1) for v in (a * scale, b, c))
+        dx = m.combine(dy, a, x, b, c)
+        parameters = ((inverse * dzx).sum(0), dz.sum(0), dweight.sum(0), dbias.sum(0))
+        return dx, *(num.tensor(v.reshape(-1)) for v in parameters), *(None,) * 6
 
 
 class BatchChannelNorm2d(nn.Module):
@@ -196,13 +199,11 @@ class BatchChannelNorm2d(nn.Module):
         m.check_4d(x)
         if self.training and isinstance(self.bn, GhostBatchNorm2d):
             m.check_variance(x, self.bn.batch_size)
-        with torch.no_grad():
-            mean, var = m.moments(x)
-            center, bn_var = self.bn.statistics(mean, var, x.shape[2] * x.shape[3])
-            inverse = torch.rsqrt(bn_var + self.bn.eps)
+        moments = m.moments(x.detach())
+        of_groups = self.bn.statistics(*moments, x.shape[2] * x.shape[3])
         through = self.training and isinstance(self.bn, GhostBatchNorm2d)
         parameters = (self.bn.weight, self.bn.bias, self.weight, self.bias)
-        state = (mean, var, center, inverse, self.eps, through)
+        state = (*map(num.tensor, moments), *of_groups, self.eps, through)
         return _BatchChannelNorm.apply(x, *parameters, *state)
 
     def fold(self) -> nn.Module:

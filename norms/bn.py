@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from norms import moments as m
+from norms import numbers as num
+from norms.numbers import Array
 from norms.scheme import Scheme, conv, frozen_batch_norm
 
 
@@ -50,24 +52,24 @@ class GhostBatchNorm2d(nn.BatchNorm2d):
         m.check_variance(x, self.batch_size)
         if self.batch_size in (None, x.shape[0]):
             return super().forward(x)
-        mean, var = self.statistics(*m.moments(x), x.shape[2] * x.shape[3])
-        inverse = torch.rsqrt(var + self.eps)
-        return m.Normalize.apply(x, self.weight, self.bias, mean, inverse, None, None, True)
+        numbers = self.statistics(*m.moments(x.detach()), x.shape[2] * x.shape[3])
+        return m.Normalize.apply(x, self.weight, self.bias, *numbers, None, None, True)
 
-    @torch.no_grad()
-    def statistics(self, mean: Tensor, var: Tensor, area: int) -> tuple[Tensor, Tensor]:
-        """From the moments of every map, (N, C), to those of every group, (G, C), by which this
-        moves the running statistics, one group after another; `area` is H * W. In evaluation the
-        running statistics, (1, C)."""
+    @num.quiet
+    def statistics(self, mean: Array, var: Array, area: int) -> tuple[Tensor, Tensor]:
+        """From the moments of every map, (N, C), to mean and 1 / sqrt(var + eps) of every group,
+        (G, C), by which this moves the running statistics, one group after another; `area` is
+        H * W. In evaluation those of the running statistics, (1, C)."""
         if not self.training:
-            return self.running_mean[None], self.running_var[None]
+            return self.running_mean[None], torch.rsqrt(self.running_var + self.eps)[None]
+        state = (self.running_mean, self.running_var)
+        xp, mean, var, *running = num.arrays(mean, var, *state)
         count = (self.batch_size or len(mean)) * area
-        mean, var = m.pool(m.split(mean, self.batch_size), m.split(var, self.batch_size), dim=1)
-        unbiased = var * (count / (count - 1))
-        for running, values in ((self.running_mean, mean), (self.running_var, unbiased)):
-            m.move_average(running, values, self.momentum)
+        mean, var = m.pooled(mean, var, self.batch_size)
+        for average, values in zip(running, (mean, var * (count / (count - 1))), strict=True):
+            average[...] = num.moved_average(average, values, self.momentum)
         self.num_batches_tracked += len(mean)
-        return mean, var
+        return num.tensor(mean), num.tensor(1 / xp.sqrt(var + self.eps))
 
     def fold(self) -> nn.Module:
         """What it computes in evaluation, in PyTorch's own layers: see `norms/fold.py`."""

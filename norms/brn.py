@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from norms import moments as m
+from norms import numbers as num
 from norms.scheme import Scheme, conv, frozen_batch_norm
 
 
@@ -67,31 +68,32 @@ class BatchRenorm2d(nn.Module):
             state = (self.running_mean, var, self.weight, self.bias)
             return F.batch_norm(x, *state, training=False, eps=self.eps)
         m.check_variance(x, self.batch_size)
-        with torch.no_grad():
-            mean, var = m.group_moments(x, self.batch_size)
-            var += self.eps
-            r, d = self.correct(mean, torch.sqrt(var))
-            inverse = torch.rsqrt(var)
-        return m.Normalize.apply(x, self.weight, self.bias, mean, inverse, r, d, True)
+        numbers = self.correct(*m.moments(x.detach()))
+        return m.Normalize.apply(x, self.weight, self.bias, *numbers, True)
 
-    @torch.no_grad()
-    def correct(self, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
-        """r and d of every group, (G, C), and the update of the moving values by all of them."""
-        groups = len(mean)
-        means = m.moving_average(self.running_mean, mean, self.momentum)
-        stds = m.moving_average(self.running_std, std, self.momentum)
-        batch = self.num_batches_tracked + torch.arange(groups, device=mean.device)
-        step = (batch // self.batches_per_step)[:, None].to(std.dtype)
+    @num.quiet
+    def correct(self, mean: Tensor, var: Tensor) -> list[Tensor]:
+        """From the moments of every map, (N, C): mean, 1 / sigma_B, r and d of every group, (G, C);
+        and the update of the moving values by all of them."""
+        xp, mean, var, running_mean, running_std, tracked = num.arrays(
+            mean, var, self.running_mean, self.running_std, self.num_batches_tracked
+        )
+        mean, var = m.pooled(mean, var, self.batch_size)
+        std = xp.sqrt(var + self.eps)
+        batch = tracked + xp.arange(len(mean), device=mean.device)[:, None]
+        step = num.as_type(batch // self.batches_per_step, std)
         r_max, d_max = (
-            low + (high - low) * ((step - self.start) / max(1, until - self.start)).clamp(0, 1)
+            low + (high - low) * ((step - self.start) / max(1, until - self.start)).clip(0, 1)
             for low, high, until in self.limits
         )
-        r = torch.clamp(std / stds[:-1], 1 / r_max, r_max)
-        d = torch.clamp((mean - means[:-1]) / stds[:-1], -d_max, d_max)
-        self.running_mean.copy_(means[-1])
-        self.running_std.copy_(stds[-1])
-        self.num_batches_tracked += groups
-        return r, d
+        before, after = num.moving_average(running_mean, mean, self.momentum)
+        std_before, std_after = num.moving_average(running_std, std, self.momentum)
+        r = xp.clip(std / std_before, 1 / r_max, r_max)
+        d = xp.clip((mean - before) / std_before, -d_max, d_max)
+        running_mean[...] = after[-1]
+        running_std[...] = std_after[-1]
+        tracked += len(mean)
+        return [num.tensor(v) for v in (mean, 1 / std, r, d)]
 
     def fold(self) -> nn.Module:
         """What it computes in evaluation, in PyTorch's own layers: see `norms/fold.py`."""

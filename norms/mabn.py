@@ -30,6 +30,7 @@ Passes over activations as in batch norm: forward x is read for chi, and again w
 backward x and dL/dy are read for the sums, and again while dL/dx is written.
 """
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Literal
 
@@ -39,6 +40,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from norms import moments as m
+from norms import numbers as num
+from norms.numbers import Array
 from norms.scheme import Scheme, conv, frozen_batch_norm
 
 
@@ -65,48 +68,45 @@ class CenteredConv2d(nn.Conv2d):
         return self._conv_forward(x, self.standardized(), self.bias)
 
 
-def _window_mean(window: Tensor, new: Tensor, own: Tensor) -> Tensor:
+def _window_mean(window: Array, new: Array, own: Array) -> Array:
     """For each of G new (G, C) values the mean of the last m, itself included; `window` holds the
     m values before, oldest first, and is moved on. Where `own`, just the value itself."""
-    size = window.shape[0]
-    values = torch.cat([window[1:], new])
-    window.copy_(values[-size:])
-    means = window.mean(0) if len(new) == 1 else values.unfold(0, size, 1).mean(-1)
-    return torch.where(own[:, None], new, means)
+    xp, size = num.namespace(new), len(window)
+    values = xp.concat([window[1:], new])
+    window[...] = values[-size:]
+    return xp.where(own, new, num.window_means(values, size))
 
 
-def _release(layer: "MABN2d", square: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """From chi of each of G batches: chi_bar, chi_run before it, whether r is free, own values."""
-    step = layer.num_batches_tracked + torch.arange(1, len(square) + 1, device=square.device)
-    own = step < max(layer.window_square.shape[0] + 1, layer.warmup)
-    chi = _window_mean(layer.window_square, square, own)
-    if len(square) == 1:
-        running = layer.running_square[None].clone()
-        m.move_average(layer.running_square, chi, 1 - layer.momentum)
-    else:
-        running = m.moving_average(layer.running_square, chi, 1 - layer.momentum)
-        layer.running_square.copy_(running[-1])
-        running = running[:-1]
-    return chi, running, (step > max(1000, layer.warmup))[:, None], own
+def _release(layer: "MABN2d", square: Array, state: Sequence[Array]) -> tuple[Array, ...]:
+    """From chi of each of G batches: chi_bar, chi_run before it, whether r is free and whether a
+    batch uses its own values; and the layer's state moved on."""
+    running, window, tracked = state
+    step = tracked + num.namespace(square).arange(1, len(square) + 1, device=square.device)[:, None]
+    own = step < max(len(window) + 1, layer.warmup)
+    chi = _window_mean(window, square, own)
+    before, after = num.moving_average(running, chi, 1 - layer.momentum)
+    before = before + 0  # not the buffer itself
+    running[...] = after[-1]
+    return chi, before, step > max(1000, layer.warmup), own
 
 
-def _imagenet(layer: "MABN2d", square: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _imagenet(layer: "MABN2d", square: Array, state: Sequence[Array]) -> tuple[Array, ...]:
     """The same in the other version."""
-    groups, inside = len(square), layer.batches_in_step
-    steps = layer.num_steps_tracked.clone()
-    own = (layer.num_batches_tracked - inside < layer.window_square.shape[0]).expand(groups)
-    chi = _window_mean(layer.window_square, square, own)
-    running = layer.running_square.clone()
-    layer.step_square.add_(chi.sum(0))
-    inside.add_(groups)
-    ends = inside >= (layer.batches_per_step or groups)
-    mean = layer.step_square / inside
-    moved = torch.where(steps == 0, mean, torch.lerp(mean, running, layer.momentum))
-    layer.running_square.copy_(torch.where(ends, moved, running))
-    layer.step_square.copy_(torch.where(ends, 0.0, layer.step_square))
-    inside.copy_(torch.where(ends, 0, inside))
-    layer.num_steps_tracked.add_(ends)
-    return chi, running[None], steps + 1 >= layer.warmup, own
+    running, window, tracked, total, inside, steps = state
+    where = num.namespace(square).where
+    own = (tracked - inside < len(window)).reshape(1, 1)
+    chi = _window_mean(window, square, own)
+    before, free = running[None] + 0, steps + 1 >= layer.warmup
+    total += chi.sum(0)
+    inside += len(square)
+    ends = inside >= (layer.batches_per_step or len(square))
+    mean = total / inside
+    moved = where(steps == 0, mean, num.lerp(mean, running, layer.momentum))
+    running[...] = where(ends, moved, running)
+    total[...] = where(ends, 0.0, total)
+    inside[...] = where(ends, 0, inside)
+    steps += ends
+    return chi, before, free, own
 
 
 class _MABN(torch.autograd.Function):
@@ -116,25 +116,31 @@ class _MABN(torch.autograd.Function):
     """
 
     @staticmethod
+    @num.quiet
     def forward(ctx, x, weight, bias, gain, inverse, own, window):
         ctx.save_for_backward(x, weight, gain, inverse, own)
         ctx.window = window
-        scale = m.spread(weight * gain, len(x))
-        return m.affine(x, scale, bias.expand_as(scale))
+        _, weight, bias, gain = num.arrays(weight, bias, gain)
+        scale = num.spread(weight * gain, len(x))
+        return m.affine(x, scale, bias[None])
 
     @staticmethod
     @once_differentiable
+    @num.quiet
     def backward(ctx, dy):
-        x, weight, gain, inverse, own = ctx.saved_tensors
-        groups, n = len(gain), x.numel() // gain.numel()
-        rows = 1 if groups == 1 else len(x)
-        total, product = m.sums(dy, x, gain.new_zeros(rows, len(weight)))
-        product = m.gather(product, groups)
+        x, *saved = ctx.saved_tensors
+        groups, n = len(saved[1]), x.numel() // saved[1].numel()
+        numbers = m.sums(dy, x, rows=1 if groups == 1 else len(x))
+        _, total, product, weight, gain, inverse, own, window = num.arrays(
+            *numbers, *saved, ctx.window
+        )
+        product = num.gather(product, groups)
         scale = weight * gain
-        psi = _window_mean(ctx.window, scale * product / n, own)
-        b = inverse.square() * psi
-        dx = m.combine(dy, m.spread(scale, len(x)), x, m.spread(b.neg_(), len(x)))
-        return dx, (gain * product).sum(0), total.sum(0), None, None, None, None
+        psi = _window_mean(window, scale * product / n, own)
+        b = -(inverse**2) * psi
+        dx = m.combine(dy, num.spread(scale, len(x)), x, num.spread(b, len(x)))
+        dweight, dbias = (gain * product).sum(0), total.sum(0)
+        return dx, num.tensor(dweight), num.tensor(dbias), None, None, None, None
 
 
 class MABN2d(nn.Module):
@@ -192,17 +198,24 @@ class MABN2d(nn.Module):
         state = (mean, self.running_square, self.weight, self.bias)
         return F.batch_norm(x, *state, training=False, eps=self.eps)
 
-    @torch.no_grad()
+    @num.quiet
     def update(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Move the forward state on; returns r / sqrt(chi_bar + eps), 1 / sqrt(chi_bar + eps) and
         which batches use their own values."""
-        square = m.split(m.mean_square(x), self.batch_size).mean(1)  # (G, C)
+        state = [self.running_square, self.window_square, self.num_batches_tracked]
+        if self.version == "imagenet":
+            state += [self.step_square, self.batches_in_step, self.num_steps_tracked]
+        xp, square, *state = num.arrays(m.mean_square(x.detach()), *state)
+        groups = m.split(square, self.batch_size)
+        square = groups.sum(1) / groups.shape[1]  # (G, C)
         count = _imagenet if self.version == "imagenet" else _release
-        chi, running, free, own = count(self, square)
-        self.num_batches_tracked += len(square)
-        r = torch.sqrt((chi + self.eps) / (running + self.eps)).clamp(1 / 5, 5)
-        inverse = torch.rsqrt(chi + self.eps)
-        return torch.where(free, r, 1.0) * inverse, inverse, own
+        chi, running, free, own = count(self, square, state)
+        state[2] += len(square)
+        root = xp.sqrt(chi + self.eps)
+        r = (root / xp.sqrt(running + self.eps)).clip(1 / 5, 5)
+        inverse = 1 / root
+        gain = xp.where(free, r, 1.0) * inverse
+        return num.tensor(gain), num.tensor(inverse), num.tensor(own)
 
     def fold(self) -> nn.Module:
         """What it computes in evaluation, in PyTorch's own layers: see `norms/fold.py`."""

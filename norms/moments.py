@@ -17,12 +17,17 @@ thrown away, and dx is written in two steps. Everywhere else they are plain oper
 compiler fuses.
 """
 
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from norms.numbers import Array, arrays, eager, gather, plain, pool, quiet, spread, tensor
+
+_batch_norm_backward = torch.ops.aten.native_batch_norm_backward.default
+_unsafe_view = torch.ops.aten._unsafe_view.default
 
 
 def check_4d(x: Tensor) -> None:
@@ -49,14 +54,9 @@ def to_type(y: Tensor, x: Tensor) -> Tensor:
     return y if y.dtype == x.dtype else y.to(x.dtype)
 
 
-def _eager() -> bool:
-    """Whether a kernel may be called, which nobody could differentiate or fuse."""
-    return not torch.compiler.is_compiling() and not torch.is_grad_enabled()
-
-
 def _kernels(x: Tensor) -> Any:
     """`norms.kernels` where they are for x, else None."""
-    return _triton() if x.is_cuda and _eager() else None
+    return _triton() if x.is_cuda and eager(x) else None
 
 
 @cache
@@ -68,92 +68,103 @@ def _triton() -> Any:
     return kernels
 
 
-def _vectorized(x: Tensor, *others: Tensor, layout: Any = torch.contiguous_format) -> bool:
+def _vectorized(x: Tensor, layout: Any = torch.contiguous_format) -> bool:
     """Whether to view maps as channels for a CPU kernel."""
-    if not _eager() or x.device.type != "cpu":
-        return False
-    return all(t.is_contiguous(memory_format=layout) for t in (x, *others))
+    return x.is_cpu and x.is_contiguous(memory_format=layout) and plain(x) and eager(x)
+
+
+@lru_cache(256)
+def _constants(count: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Zeros and ones, of float32 for half precision; not to be written to."""
+    zeros = torch.zeros(count, dtype=torch.promote_types(dtype, torch.float32), device="cpu")
+    return zeros, torch.ones_like(zeros)
 
 
 def _as_channels(x: Tensor, rows: int) -> Tensor:
     """A view of contiguous images in which each row of (rows, C) numbers, one for all images or one
     for each, is a channel's."""
-    return x.view(x.shape[0] // rows, -1, *x.shape[2:])
+    return x if rows == 1 else x.view(1, -1, *x.shape[2:])
 
 
-def _over_maps(values: Tensor) -> Tensor:
-    return values[:, :, None, None]
+def _over_maps(values: Array) -> Tensor:
+    return tensor(values.reshape(*values.shape, 1, 1))
 
 
-@torch.no_grad()
-def moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance of every map, not differentiable: (N, C, H, W) -> (N, C), (N, C)."""
+def moments(x: Tensor) -> tuple[Array, Array]:
+    """Mean and biased variance of every map: (N, C, H, W) -> (N, C), (N, C)."""
     if kernels := _kernels(x):
         mean, var = kernels.moments(x)
         return pool(mean, var, dim=1)
     if _vectorized(x):
         n, c, h, w = x.shape
-        one = x.new_ones(c, dtype=torch.promote_types(x.dtype, torch.float32))
+        one = _constants(c, x.dtype)[1]
         # Without an eps the reciprocal deviation is exact, and infinite where there is no variance.
         _, mean, reciprocal = torch.native_group_norm(x, one, one, n, c, h * w, c, 0.0)
-        return mean, reciprocal.pow_(-2)
+        return arrays(mean, reciprocal.pow_(-2))[1:]
     x = promote(x)
-    if x.device.type != "cpu" or torch.compiler.is_compiling():
+    if x.is_cpu and not torch.compiler.is_compiling():
+        mean = x.mean((2, 3))
+        var = (x - _over_maps(mean)).square_().mean((2, 3))
+    else:
         var, mean = torch.var_mean(x, dim=(2, 3), correction=0)
-        return mean, var
-    mean = x.mean((2, 3))
-    return mean, (x - _over_maps(mean)).square_().mean((2, 3))
+    return arrays(mean, var)[1:]
 
 
-@torch.no_grad()
-def mean_square(x: Tensor) -> Tensor:
-    """Mean of x^2 over every map, not differentiable: (N, C, H, W) -> (N, C)."""
+def mean_square(x: Tensor) -> Array:
+    """Mean of x^2 over every map: (N, C, H, W) -> (N, C)."""
     if kernels := _kernels(x):
         return kernels.moments(x, centered=False)[1].mean(1)
     if _vectorized(x):
-        x = promote(x).flatten(2)
-        return torch.linalg.vector_norm(x, dim=2).square_().div_(x.shape[2])
-    return promote(x).square().mean((2, 3))
+        square = torch.linalg.vector_norm(promote(x), dim=(2, 3)).square_()
+        return arrays(square)[1] / (x.shape[2] * x.shape[3])
+    return arrays(promote(x).square().mean((2, 3)))[1]
 
 
-def affine(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """x * scale + shift, with (N, C) or (1, C) scale and shift, in the type of x."""
+def affine(x: Tensor, scale: Array, shift: Array) -> Tensor:
+    """x * scale + shift, with (N, C) or (1, C) numbers, in the type of x."""
     if kernels := _kernels(x):
-        return kernels.combine(None, None, x, scale, shift)
+        return kernels.combine(None, None, x, tensor(scale), tensor(shift))
     if _vectorized(x):  # batch norm with given statistics, 0 and 1, on the fly
-        flat = _as_channels(x, len(scale))
-        scale, shift = scale.reshape(-1), shift.reshape(-1)
-        zero, one = torch.zeros_like(scale), torch.ones_like(scale)
-        y = torch.native_batch_norm(flat, scale, shift, zero, one, False, 0.0, 0.0)[0]
-        return torch.ops.aten._unsafe_view(y, x.shape)  # a view could not be changed in place
+        rows = len(scale)
+        if len(shift) < rows:
+            shift = tensor(shift).expand(rows, -1)
+        scale, shift = tensor(scale.reshape(-1)), tensor(shift.reshape(-1))
+        state = (scale, shift, *_constants(len(scale), x.dtype))
+        y = torch.native_batch_norm(_as_channels(x, rows), *state, False, 0.0, 0.0)[0]
+        return y if rows == 1 else _unsafe_view(y, x.shape)  # a view could not be changed in place
     return to_type(torch.addcmul(_over_maps(shift), x, _over_maps(scale)), x)
 
 
-def sums(dy: Tensor, x: Tensor, center: Tensor) -> tuple[Tensor, Tensor]:
+def sums(dy: Tensor, x: Tensor, center: Array | None = None, rows: int = 1) -> tuple[Array, Array]:
     """The sums of dy and of dy * (x - center), for (N, C) centers of each map or, for (1, C), of
-    each channel; in their shape."""
+    each channel; in their shape. Without a center around 0, for so many rows."""
+    rows = rows if center is None else len(center)
+    shape, last = (rows, x.shape[1]), rows == 1 and _vectorized(x, torch.channels_last)
+    layout = torch.channels_last if last else torch.contiguous_format
+    if (last or _vectorized(x)) and dy.is_contiguous(memory_format=layout):
+        # what batch norm's backward pass starts with
+        zero, one = _constants(rows * x.shape[1], x.dtype)
+        mean = zero if center is None else tensor(center.reshape(-1))
+        state = (None, None, None, mean, one, True, 0.0, [False, True, True])
+        maps = (_as_channels(dy, rows), _as_channels(x, rows))
+        _, product, total = _batch_norm_backward(*maps, *state)
+        return arrays(total.view(shape), product.view(shape))[1:]
+    center = x.new_zeros(shape) if center is None else tensor(center)
     if kernels := _kernels(x):
-        over = (0, 1) if len(center) == 1 else 1  # parts of maps, and images
-        total, product = (v.sum(over).view_as(center) for v in kernels.sums(dy, x, center))
+        over = (0, 1) if rows == 1 else 1  # parts of maps, and images
+        total, product = (v.sum(over).view(shape) for v in kernels.sums(dy, x, center))
         return total, product
-    whole = len(center) == 1 and _vectorized(x, dy, layout=torch.channels_last)
-    if whole or _vectorized(x, dy):  # what batch norm's backward pass starts with
-        rows, mean = len(center), center.reshape(-1)
-        backward = torch.ops.aten.native_batch_norm_backward
-        state = (None, None, None, mean, torch.ones_like(mean), True, 0.0, [False, True, True])
-        _, product, total = backward(_as_channels(dy, rows), _as_channels(x, rows), *state)
-        return total.view_as(center), product.view_as(center)
     dy = promote(dy)
     total, product = dy.sum((2, 3)), (dy * x).sum((2, 3))
-    if len(center) == 1:
+    if rows == 1:
         total, product = total.sum(0, keepdim=True), product.sum(0, keepdim=True)
-    return total, product - center * total
+    return arrays(total, product - center * total)[1:]
 
 
-def combine(dy: Tensor, a: Tensor, x: Tensor, b: Tensor, c: Tensor | None = None) -> Tensor:
+def combine(dy: Tensor, a: Array, x: Tensor, b: Array, c: Array | None = None) -> Tensor:
     """a * dy + b * x + c, with (N, C) or (1, C) numbers, in the type of x."""
     if kernels := _kernels(x):
-        return kernels.combine(dy, a, x, b, c)
+        return kernels.combine(dy, tensor(a), x, tensor(b), tensor(c))
     if c is None:
         dx = x * _over_maps(b)
     elif _vectorized(x) and x.dtype == promote(x).dtype:
@@ -161,19 +172,6 @@ def combine(dy: Tensor, a: Tensor, x: Tensor, b: Tensor, c: Tensor | None = None
     else:
         dx = torch.addcmul(_over_maps(c), x, _over_maps(b))
     return to_type(dx.addcmul_(dy, _over_maps(a)), x)
-
-
-def spread(values: Tensor, images: int) -> Tensor:
-    """(G, C) values of groups -> (N, C) of their images, or (1, C) if there is only one group."""
-    groups, channels = values.shape
-    if groups == 1:
-        return values
-    return values[:, None].expand(-1, images // groups, -1).reshape(-1, channels)
-
-
-def gather(values: Tensor, groups: int) -> Tensor:
-    """Sums over each group: (N, C) or, of one group, (1, C) -> (G, C)."""
-    return values if len(values) == groups else values.unflatten(0, (groups, -1)).sum(1)
 
 
 class Normalize(torch.autograd.Function):
@@ -185,79 +183,47 @@ class Normalize(torch.autograd.Function):
     """
 
     @staticmethod
+    @quiet
     def forward(ctx, x, weight, bias, mean, inverse, r, d, through):
         ctx.save_for_backward(x, weight, mean, inverse, r, d)
         ctx.through = through
+        _, weight, bias, mean, inverse, r, d = arrays(weight, bias, mean, inverse, r, d)
         scale = weight * inverse if r is None else weight * inverse * r
-        shift = torch.addcmul(bias, mean, scale, value=-1)
-        if d is not None:
-            shift = torch.addcmul(shift, weight, d)
+        shift = bias - mean * scale if d is None else bias - mean * scale + weight * d
         return affine(x, spread(scale, len(x)), spread(shift, len(x)))
 
     @staticmethod
     @once_differentiable
+    @quiet
     def backward(ctx, dy):
-        x, weight, mean, inverse, r, d = ctx.saved_tensors
-        groups, images, n = len(mean), len(x), x.numel() // mean.numel()
-        total, product = sums(dy, x, spread(mean, images))
+        x, *numbers = ctx.saved_tensors
+        groups, images, n = len(numbers[1]), len(x), x.numel() // numbers[1].numel()
+        total, product = sums(dy, x, spread(numbers[1], images))
+        _, total, product, weight, mean, inverse, r, d = arrays(total, product, *numbers)
         total, product = gather(total, groups), gather(product, groups)
         factor = inverse if r is None else inverse * r
         a, dweight = weight * factor, factor * product
         if d is not None:
-            dweight = torch.addcmul(dweight, d, total)
+            dweight = dweight + d * total
         if ctx.through:
-            b = a * inverse.square() * product / -n
-            c = torch.addcmul(a * total / -n, b, mean, value=-1)
+            b = a * inverse**2 * product / -n
+            c = a * total / -n - b * mean
             dx = combine(dy, spread(a, images), x, spread(b, images), spread(c, images))
         else:
             dx = to_type(dy * _over_maps(spread(a, images)), x)
-        return dx, dweight.sum(0), total.sum(0), None, None, None, None, None
+        return dx, tensor(dweight.sum(0)), tensor(total.sum(0)), None, None, None, None, None
 
 
-def split(x: Tensor, batch_size: int | None) -> Tensor:
+def split(x: Array, batch_size: int | None) -> Array:
     """(N, C) -> (N / batch_size, batch_size, C): the groups that share statistics, in order."""
     size = batch_size or x.shape[0]
     check_groups(x, size)
-    return x.view(x.shape[0] // size, size, -1)
+    return x.reshape(x.shape[0] // size, size, -1)
 
 
-def pool(mean: Tensor, var: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance of a union of equally large sets, from those of each set."""
-    if mean.shape[dim] == 1:
-        return mean.squeeze(dim), var.squeeze(dim)
-    between, pooled = torch.var_mean(mean, dim=dim, correction=0)
-    return pooled, var.mean(dim) + between
-
-
-def group_moments(x: Tensor, batch_size: int | None) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance of every group: (N, C, H, W) -> (G, C), (G, C)."""
-    mean, var = moments(x)
+def pooled(mean: Array, var: Array, batch_size: int | None) -> tuple[Array, Array]:
+    """Moments of every group from those of every map: (N, C) -> (G, C), twice."""
     return pool(split(mean, batch_size), split(var, batch_size), dim=1)
-
-
-def moving_average(start: Tensor, values: Tensor, rate: float) -> Tensor:
-    """`start` and what it becomes after each of G updates s <- (1 - rate) s + rate v.
-
-    (C,), (G, C) -> (G + 1, C), as one product with a triangular matrix instead of G steps;
-    in float64, so that the ghost protocol's result is that of the steps one by one.
-    """
-    if len(values) == 1:
-        return torch.stack([start, torch.lerp(start, values[0].to(start.dtype), rate)])
-    steps = torch.arange(values.shape[0] + 1, device=values.device)
-    age = (steps[:, None] - steps[None, :]).clamp_min(0).double()
-    weights = torch.tril((1 - rate) ** age)
-    weights[:, 1:] *= rate
-    return (weights @ torch.cat([start[None], values]).double()).to(start.dtype)
-
-
-def move_average(average: Tensor, values: Tensor, rate: float) -> None:
-    """Move `average` on by those G updates, in place."""
-    if len(values) == 1:
-        average.lerp_(values[0].to(average.dtype), rate)
-        return
-    age = torch.arange(len(values) - 1, -1, -1, device=values.device).double()
-    moved = average * (1 - rate) ** len(values) + rate * ((1 - rate) ** age @ values.double())
-    average.copy_(moved)
 
 
 def check_variance(x: Tensor, batch_size: int | None) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from norms import moments as m
+from norms import numbers as num
 from norms.gn import check_groups, group_norm
 from norms.scheme import Scheme, conv
 
@@ -46,25 +47,27 @@ class _Standardize(torch.autograd.Function):
     """(W - mean) / (std + eps) with the unbiased or the biased deviation: no call has this form."""
 
     @staticmethod
+    @num.quiet
     def forward(ctx, weight, eps, unbiased):
         rows = as_rows(weight)
-        mean, var = m.moments(rows)
+        xp, mean, var = num.arrays(*m.moments(rows))
         n = rows.shape[2] - unbiased
-        std = torch.sqrt(var * (rows.shape[2] / n))
+        std = xp.sqrt(var * (rows.shape[2] / n))
         inverse = 1 / (std + eps)
-        ctx.save_for_backward(weight, mean, std, inverse)
+        ctx.save_for_backward(weight, *map(num.tensor, (mean, std, inverse)))
         ctx.n = n
         return as_filters(m.affine(rows, inverse, -mean * inverse), weight)
 
     @staticmethod
     @once_differentiable
+    @num.quiet
     def backward(ctx, dy):
-        weight, mean, std, inverse = ctx.saved_tensors
+        weight, *saved = ctx.saved_tensors
         rows = as_rows(weight)
         dy = dy if weight.is_contiguous() else dy.permute(0, 2, 3, 1)
         dy = dy.reshape(rows.shape)
-        total, product = m.sums(dy, rows, mean)
-        b = torch.where(std > 0, inverse.square() * product / (-ctx.n * std), 0.0)
+        xp, total, product, mean, std, inverse = num.arrays(*m.sums(dy, rows, saved[0]), *saved)
+        b = xp.where(std > 0, inverse**2 * product / (-ctx.n * std), 0.0)
         c = inverse * total / -rows.shape[2] - b * mean
         return as_filters(m.combine(dy, inverse, rows, b, c), weight), None, None
 

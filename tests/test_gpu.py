@@ -18,6 +18,7 @@ from omegaconf import OmegaConf
 import models
 import norms
 from norms import moments
+from norms.numbers import tensor
 from tests.norms import literal
 from training.protocol import Plan
 from training.step import Step
@@ -78,10 +79,10 @@ def test_passes(shape, layout, dtype, device):
     x, dy = ((torch.randn(shape) * 2 + 0.5).to(dtype, memory_format=FORMATS[layout]) for _ in "xd")
     own, exact = (x.to(device), dy.to(device)), (x.double(), dy.double())
     area = shape[2] * shape[3]
-    mean, var = moments.moments(own[0])
+    mean, var = map(tensor, moments.moments(own[0]))
     close(mean, exact[0].mean((2, 3)), many, "mean")
     close(var, exact[0].var((2, 3), correction=0), many, "var")
-    close(moments.mean_square(own[0]), exact[0].square().mean((2, 3)), many, "mean square")
+    close(tensor(moments.mean_square(own[0])), exact[0].square().mean((2, 3)), many, "mean square")
     for rows in {1, shape[0]}:
         numbers = torch.randn(4, rows, shape[1], dtype=torch.promote_types(dtype, torch.float32))
         there = numbers.to(device)
@@ -98,7 +99,7 @@ def test_passes(shape, layout, dtype, device):
             expected = of.sum((2, 3)).view(shape[0], -1)
             expected = expected if rows > 1 else expected.sum(0, keepdim=True)
             limit = many * max(1.0, area**0.5)  # terms of either sign, which nearly cancel
-            close(found, expected, limit, "sums")
+            close(tensor(found), expected, limit, "sums")
 
 
 # --- layers

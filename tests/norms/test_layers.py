@@ -19,11 +19,21 @@ from norms import (
     WSConv2d,
     build,
     names,
+    numbers,
 )
 from norms.gn import fit_groups
 from tests.norms import literal
 
 pytestmark = pytest.mark.usefixtures("as_default")
+
+
+@pytest.fixture(autouse=True, scope="module", params=["numpy", "torch"])
+def _arithmetic(request):
+    """Of the numbers per channel: on a CPU it is NumPy's, elsewhere PyTorch's."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "torch":
+            patch.setattr(numbers, "TYPES", set())
+        yield
 
 
 def close(a, b, tolerance=1e-9):
@@ -462,6 +472,19 @@ def test_one_value_has_no_variance(name):
         layer(torch.randn(1, 4, 1, 1))
     if name != "in":
         layer.eval()(torch.randn(1, 4, 1, 1))
+
+
+@pytest.mark.parametrize("name", sorted(set(names()) - {"none", "pws"}))
+def test_a_diverged_network_is_not_warned_of(name):
+    """Warnings are errors here; NumPy has one for what PyTorch computes silently."""
+    built = build(name, batch_size=None if name == "sync_bn" else 2)
+    net = nn.Sequential(built.conv(4, 8, 3), built.norm(8))
+    x = torch.randn(4, 4, 5, 5) * 1e200
+    x[0, 0, 0, 0] = torch.inf
+    x.requires_grad_()
+    y = net(x)
+    y.sum().backward()
+    assert not y.isfinite().all()
 
 
 @pytest.mark.parametrize("name", sorted(set(names()) - {"none", "pws"}))

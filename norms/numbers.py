@@ -1,0 +1,150 @@
+"""Arithmetic on a layer's few numbers per channel: statistics, their averages, factors.
+
+There are some fifty operations of it in a step of MABN or BCN. On maps of 7x7 with 2 images PyTorch
+takes longer to start them on a CPU than the passes over the activations take; NumPy's operations
+start five times as fast. So the layers write such arithmetic once, for both, in the names of the
+Python array API standard that `torch` and `numpy` share: `arrays` gives the namespace and, on a
+CPU, NumPy arrays in the memory of the tensors.
+
+Shapes: (N, C) for images, (G, C) for groups of images that share statistics, in order.
+"""
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, TypeVar, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Array = Any  # a NumPy array or a Tensor
+F = TypeVar("F", bound=Callable[..., Any])
+
+TYPES = {torch.float32, torch.float64, torch.int64, torch.bool}
+
+
+def plain(t: Tensor) -> bool:
+    """Whether it is none of the classes of tensors that have no memory of their own."""
+    return type(t) is Tensor or type(t) is torch.nn.Parameter
+
+
+def quiet(function: F) -> F:
+    """Overflow and invalid values give infinity and NaN without a warning, as PyTorch has it."""
+
+    @wraps(function)
+    def call(*args: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return function(*args)
+        with np.errstate(all="ignore"):
+            return function(*args)
+
+    return cast(F, call)
+
+
+def eager(t: Tensor) -> bool:
+    """Whether t may be given to what nobody could differentiate or fuse."""
+    differentiated = t.requires_grad and torch.is_grad_enabled()
+    return not (differentiated or torch.compiler.is_compiling())
+
+
+def arrays(*values: Array | None) -> tuple[Any, ...]:
+    """A namespace and the values in it: numpy, and arrays in the memory of tensors, on a CPU; torch
+    and tensors on other devices, in half precision and where something is to be differentiated or
+    compiled."""
+    converted: list[Any] = []
+    for v in values:
+        if v is None or type(v) is np.ndarray:
+            converted.append(v)
+        elif v.is_cpu and v.dtype in TYPES and plain(v) and eager(v):
+            converted.append(v.detach().numpy())
+        else:
+            return torch, *(tensor(v) for v in values)
+    return np, *converted
+
+
+def namespace(values: Array) -> Any:
+    return torch if isinstance(values, Tensor) else np
+
+
+def tensor(values: Array) -> Any:
+    return torch.from_numpy(values) if type(values) is np.ndarray else values
+
+
+def spread(values: Array, images: int) -> Array:
+    """(G, ...) values of groups -> (N, ...) of their images, or (1, ...) if there is one group."""
+    groups, *shape = values.shape
+    if groups == 1:
+        return values
+    if isinstance(values, np.ndarray):
+        return values.repeat(images // groups, 0)
+    return values[:, None].expand(-1, images // groups, *shape).reshape(images, *shape)
+
+
+def gather(values: Array, groups: int) -> Array:
+    """Sums over each group: (N, ...) or, of one group, (1, ...) -> (G, ...)."""
+    if len(values) == groups:
+        return values
+    return values.reshape(groups, -1, *values.shape[1:]).sum(1)
+
+
+def pool(mean: Array, var: Array, dim: int) -> tuple[Array, Array]:
+    """Mean and biased variance of a union of equally large sets, from those of each set."""
+    count = mean.shape[dim]
+    if count == 1:
+        return mean.squeeze(dim), var.squeeze(dim)
+    if isinstance(mean, Tensor):
+        between, pooled = torch.var_mean(mean, dim=dim, correction=0)
+        return pooled, var.mean(dim) + between
+    pooled = np.add.reduce(mean, dim, keepdims=True) / count
+    within = var + (mean - pooled) ** 2
+    return pooled.squeeze(dim), np.add.reduce(within, dim) / count
+
+
+def window_means(values: Array, size: int) -> Array:
+    """(size - 1 + G, C) -> (G, C): the means of each `size` rows in succession."""
+    if len(values) == size:
+        return values.sum(0)[None] / size
+    if isinstance(values, Tensor):
+        return values.unfold(0, size, 1).mean(-1)
+    return np.lib.stride_tricks.sliding_window_view(values, size, 0).mean(-1)
+
+
+def lerp(start: Array, end: Array, weight: float) -> Array:
+    if isinstance(start, Tensor):
+        return torch.lerp(start, end.to(start.dtype), weight)
+    return start + weight * (end - start)
+
+
+def double(values: Array) -> Array:
+    return values.double() if isinstance(values, Tensor) else values.astype(np.float64)
+
+
+def as_type(values: Array, like: Array) -> Array:
+    return values.to(like.dtype) if isinstance(values, Tensor) else values.astype(like.dtype)
+
+
+def moving_average(start: Array, values: Array, rate: float) -> tuple[Array, Array]:
+    """Before and after each of G updates s <- (1 - rate) s + rate v, which begin at `start`.
+
+    (C,), (G, C) -> (G, C) twice, as one product with a triangular matrix instead of G steps;
+    in float64, so that the ghost protocol's result is that of the steps one by one.
+    """
+    if len(values) == 1:
+        return start[None], lerp(start, values[0], rate)[None]
+    xp = namespace(values)
+    steps = xp.arange(len(values) + 1, device=values.device)
+    age = double(xp.clip(steps[:, None] - steps[None, :], 0, len(values)))
+    weights = xp.tril((1 - rate) ** age)
+    weights[:, 1:] *= rate
+    moved = as_type(weights @ double(xp.concat([start[None], values])), start)
+    return moved[:-1], moved[1:]
+
+
+def moved_average(start: Array, values: Array, rate: float) -> Array:
+    """The last of them alone, (C,)."""
+    if len(values) == 1:
+        return lerp(start, values[0], rate)
+    xp = namespace(values)
+    age = double(xp.arange(len(values) - 1, -1, -1, device=values.device))
+    moved = start * (1 - rate) ** len(values) + rate * ((1 - rate) ** age @ double(values))
+    return as_type(moved, start)
