@@ -88,6 +88,10 @@ class EstimatedBatchNorm2d(nn.Module):
         running_var[...] = variances[-1]
         return num.tensor(means), num.tensor(1 / xp.sqrt(variances + self.eps))
 
+    def before_update(self) -> tuple[Tensor, Tensor, bool, float]:
+        """For a kernel that does the same: the estimates, that they are used, and the rate."""
+        return self.running_mean, self.running_var, True, self.rate
+
     def fold(self) -> nn.Module:
         """What it computes in evaluation, in PyTorch's own layers: see `norms/fold.py`."""
         return frozen_batch_norm(
@@ -98,70 +102,74 @@ class EstimatedBatchNorm2d(nn.Module):
 class _BatchChannelNorm(torch.autograd.Function):
     """Both norms of x: (N, C, H, W).
 
-    bn_weight, bn_bias: (C,); weight, bias: (K,), of the K channel groups; mean, var: the moments of
-    every map, (N, C); center, inverse: mean and 1 / sqrt(var + eps) of the batch norm, (G, C), for
-    G groups of images. `through`: whether the gradient passes through these two.
+    bn_weight, bn_bias: (C,); weight, bias: (K,), of the K channel groups; scale, shift: (N, C), of
+    y = scale * x + shift; and what `BatchChannelNorm2d.numbers` keeps for the backward pass.
+    `through`: whether the gradient passes through the batch norm's statistics.
     """
 
     @staticmethod
-    @num.quiet
-    def forward(ctx, x, bn_weight, bn_bias, weight, bias, mean, var, center, inverse, eps, through):
-        images, shape = len(x), (-1, len(weight), x.shape[1] // len(weight))  # (N, K, C / K)
-        parameters, statistics = (bn_weight, bn_bias, weight, bias), (mean, var, center, inverse)
-        xp, scale, shift, gain, bias, mean, var, center, inverse = num.arrays(
-            *parameters, *statistics
-        )
-        scale = num.spread(scale * inverse, images).reshape(shape)
-        away = (mean - num.spread(center, images)).reshape(shape)
-        z = away * scale + shift.reshape(shape)  # the mean of every map's z
-        z_mean, z_var = num.pool(z, var.reshape(shape) * scale**2, 2)
-        z_inverse = 1 / xp.sqrt(z_var + eps)  # (N, K)
-        ctx.save_for_backward(
-            x, *parameters[:3], *statistics, num.tensor(z_mean), num.tensor(z_inverse)
-        )
+    def forward(ctx, x, bn_weight, bn_bias, weight, bias, scale, shift, through, *kept):
+        ctx.save_for_backward(x, bn_weight, bn_bias, weight, *kept)
         ctx.through = through
-        gain = (gain * z_inverse)[:, :, None]  # y = gain * (z - z_mean) + bias
-        shift = (z - z_mean[:, :, None]) * gain + bias[:, None] - mean.reshape(shape) * scale * gain
-        return m.affine(x, (scale * gain).reshape(images, -1), shift.reshape(images, -1))
+        return m.affine(x, scale, shift)
 
     @staticmethod
     @once_differentiable
     @num.quiet
     def backward(ctx, dy):
         x, *saved = ctx.saved_tensors
-        numbers = num.arrays(*m.sums(dy, x, saved[3]), *saved)
-        _, total, product, scale, shift, weight, mean, var, center, inverse, *z_moments = numbers
-        images, groups, area = len(x), len(center), x.shape[2] * x.shape[3]
-        shape = (-1, len(weight), x.shape[1] // len(weight))
-        z_mean, z_inverse = (v[:, :, None] for v in z_moments)
-        mean, center, var, inverse, total, product, scale, shift = (
-            v.reshape(shape) for v in (mean, center, var, inverse, total, product, scale, shift)
-        )
-        center, inverse = num.spread(center, images), num.spread(inverse, images)
-        away, scale = mean - center, scale * inverse
+        area = x.shape[2] * x.shape[3]
+        sums = m.sums(dy, x, saved[3])
+        if kernels := _kernels(x, len(saved[5]), len(saved[2])):
+            a, b, c, *gradients = kernels.bcn_backward(*sums, saved, area, ctx.through)
+        else:
+            _, *numbers = num.arrays(*sums, *saved)
+            a, b, c, *gradients = _gradients(*numbers, area=area, through=ctx.through)
+        return m.combine(dy, a, x, b, c), *map(num.tensor, gradients), *(None,) * 9
 
-        # y = weight * u + bias with u = (x - mean) * p + q
-        p, q = scale * z_inverse, (away * scale + shift - z_mean) * z_inverse
-        dbias, dweight = total.sum(2), (p * product + q * total).sum(2)
-        # dz = a * dy + b * (x - mean) + c
-        a = weight[:, None] * z_inverse
-        of_all = a / -(shape[2] * area)
-        first, second = of_all * dbias[:, :, None], of_all * dweight[:, :, None]
-        b, c = second * p, first + second * q
-        # the sums of dz and of dz * (x - center)
-        dz = a * total + area * c
-        dzx = a * product + away * dz + area * b * var
-        if ctx.through:
-            n = images // groups * area
-            of_dz = num.spread(num.gather(dz, groups) / -n, images)
-            of_dzx = num.spread(num.gather(dzx, groups) / -n, images) * inverse**2
-            b, c = b + of_dzx, c + of_dz + of_dzx * away
-        b = b * scale
-        c = c * scale - b * mean
-        a, b, c = (v.reshape(images, -1) for v in (a * scale, b, c))
-        dx = m.combine(dy, a, x, b, c)
-        parameters = ((inverse * dzx).sum(0), dz.sum(0), dweight.sum(0), dbias.sum(0))
-        return dx, *(num.tensor(v.reshape(-1)) for v in parameters), *(None,) * 6
+
+def _kernels(x: Tensor, groups: int, channel_groups: int) -> Any:
+    """`norms.number_kernels` where they are for x, else None."""
+    kernels = m.number_kernels(x, groups)
+    return kernels if kernels and kernels.fits(len(x), x.shape[1] // channel_groups) else None
+
+
+def _gradients(
+    total: Array, product: Array, bn_weight: Array, bn_bias: Array, weight: Array, mean: Array,
+    var: Array, center: Array, inverse: Array, z_mean: Array, z_inverse: Array, *, area: int,
+    through: bool,
+) -> tuple[Array, ...]:  # fmt: skip
+    """From the sums of dL/dy and (x - mean) dL/dy over every map: a, b and c, (N, C), of dL/dx =
+    a dL/dy + b x + c, and the gradients of the four parameters."""
+    (images, channels), groups = total.shape, len(center)
+    shape = (-1, len(weight), channels // len(weight))  # (N, K, C / K)
+    total, product, scale, shift, mean, var, center, inverse = (
+        v.reshape(shape) for v in (total, product, bn_weight, bn_bias, mean, var, center, inverse)
+    )
+    z_mean, z_inverse = z_mean[:, :, None], z_inverse[:, :, None]
+    center, inverse = num.spread(center, images), num.spread(inverse, images)
+    away, scale = mean - center, scale * inverse
+
+    # y = weight * u + bias with u = (x - mean) * p + q
+    p, q = scale * z_inverse, (away * scale + shift - z_mean) * z_inverse
+    dbias, dweight = total.sum(2), (p * product + q * total).sum(2)
+    # dz = a * dy + b * (x - mean) + c
+    a = weight[:, None] * z_inverse
+    of_all = a / -(shape[2] * area)
+    first, second = of_all * dbias[:, :, None], of_all * dweight[:, :, None]
+    b, c = second * p, first + second * q
+    # the sums of dz and of dz * (x - center)
+    dz = a * total + area * c
+    dzx = a * product + away * dz + area * b * var
+    if through:
+        n = images // groups * area
+        of_dz = num.spread(num.gather(dz, groups) / -n, images)
+        of_dzx = num.spread(num.gather(dzx, groups) / -n, images) * inverse**2
+        b, c = b + of_dzx, c + of_dz + of_dzx * away
+    b = b * scale
+    c = c * scale - b * mean
+    parameters = ((inverse * dzx).sum(0), dz.sum(0), dweight.sum(0), dbias.sum(0))
+    return *(v.reshape(images, -1) for v in (a * scale, b, c)), *(v.reshape(-1) for v in parameters)
 
 
 class BatchChannelNorm2d(nn.Module):
@@ -197,14 +205,42 @@ class BatchChannelNorm2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         m.check_4d(x)
-        if self.training and isinstance(self.bn, GhostBatchNorm2d):
-            m.check_variance(x, self.bn.batch_size)
-        moments = m.moments(x.detach())
-        of_groups = self.bn.statistics(*moments, x.shape[2] * x.shape[3])
         through = self.training and isinstance(self.bn, GhostBatchNorm2d)
+        if through:
+            m.check_variance(x, self.bn.batch_size)
         parameters = (self.bn.weight, self.bn.bias, self.weight, self.bias)
-        state = (*map(num.tensor, moments), *of_groups, self.eps, through)
-        return _BatchChannelNorm.apply(x, *parameters, *state)
+        with torch.no_grad():
+            scale, shift, *kept = self.numbers(x, *parameters)
+        return _BatchChannelNorm.apply(x, *parameters, scale, shift, through, *kept)
+
+    @num.quiet
+    def numbers(
+        self, x: Tensor, bn_weight: Tensor, bn_bias: Tensor, weight: Tensor, bias: Tensor
+    ) -> list[Tensor]:
+        """scale and shift of y = scale * x + shift, (N, C); and, for the backward pass, mean and
+        variance of every map, (N, C), center and inverse deviation of the batch norm, (G, C), and
+        of the channel norm, (N, K). Moves the batch norm's state on."""
+        moments, images = m.moments(x), len(x)
+        parameters = (bn_weight, bn_bias, weight, bias)
+        groups = m.count_groups(x, self.bn.batch_size) if self.training else 0
+        if groups == 1 and (kernels := _kernels(x, groups, self.num_groups)):
+            state = self.bn.before_update()
+            return kernels.bcn_forward(x, *moments, *parameters, *state, self.bn.eps, self.eps)
+        statistics = self.bn.statistics(*moments, x.shape[2] * x.shape[3])
+        xp, mean, var, center, inverse, scale, shift, gain, bias = num.arrays(
+            *moments, *statistics, *parameters
+        )
+        shape = (-1, self.num_groups, self.num_channels // self.num_groups)  # (N, K, C / K)
+        scale = num.spread(scale * inverse, images).reshape(shape)
+        away = (mean - num.spread(center, images)).reshape(shape)
+        z = away * scale + shift.reshape(shape)  # the mean of every map's z
+        z_mean, z_var = num.pool(z, var.reshape(shape) * scale**2, 2)
+        z_inverse = 1 / xp.sqrt(z_var + self.eps)  # (N, K)
+        gain = (gain * z_inverse)[:, :, None]  # y = gain * (z - z_mean) + bias
+        scale = scale * gain
+        shift = (z - z_mean[:, :, None]) * gain + bias[:, None] - mean.reshape(shape) * scale
+        factors = (v.reshape(images, -1) for v in (scale, shift))
+        return [num.tensor(v) for v in (*factors, mean, var, center, inverse, z_mean, z_inverse)]
 
     def fold(self) -> nn.Module:
         """What it computes in evaluation, in PyTorch's own layers: see `norms/fold.py`."""

@@ -58,11 +58,14 @@ def _moments(
 @triton.jit
 def _sums(
     dy, x, center, total, product, C, L, dn, dc, dp, xn, xc, xp, rows,
-    P: tl.constexpr, B: tl.constexpr, ACC: tl.constexpr,
+    P: tl.constexpr, B: tl.constexpr, ACC: tl.constexpr, CENTERED: tl.constexpr,
 ):  # fmt: skip
+    """The sums of dy and of dy * (x - center) over L positions; of dy * x unless CENTERED."""
     n, s = tl.program_id(0).to(tl.int64), tl.program_id(2)
     c = tl.program_id(1) * B + tl.arange(0, B)
-    middle = tl.load(center + n * rows + c, mask=c < C, other=0)
+    middle = tl.zeros([B], ACC)
+    if CENTERED:
+        middle = tl.load(center + n * rows + c, mask=c < C, other=0)
     sum_dy, sum_product = tl.zeros([B], ACC), tl.zeros([B], ACC)
     for start in range(0, L, P):
         p = start + tl.arange(0, P)
@@ -156,21 +159,21 @@ def moments(x: Tensor, centered: bool = True) -> tuple[Tensor, Tensor]:
     return mean, var
 
 
-def sums(dy: Tensor, x: Tensor, center: Tensor) -> tuple[Tensor, Tensor]:
-    """Sums of dy and of dy * (x - center) over every map, by its parts: (N, parts, C) twice;
-    center: (N, C) or (1, C)."""
+def sums(dy: Tensor, x: Tensor, center: Tensor | None) -> Tensor:
+    """Sums of dy and of dy * (x - center) over every map, by its parts: (2, N, parts, C);
+    center: (N, C) or (1, C), or None for 0."""
     x, dy = dense(x), dense(dy)
     programs, length, p, b = grid(x)
     acc, dtype = accumulator(x)
-    total, product = x.new_empty((2, len(x), programs[2], x.shape[1]), dtype=dtype)
-    center = center.to(dtype).contiguous()
-    rows = x.shape[1] if len(center) > 1 else 0
+    both = x.new_empty((2, len(x), programs[2], x.shape[1]), dtype=dtype)
+    middle = x if center is None else center.to(dtype).contiguous()
+    rows = 0 if center is None or len(center) == 1 else x.shape[1]
     with torch.cuda.device_of(x):
         _sums[programs](
-            dy, x, center, total, product, x.shape[1], length, *spans(dy), *spans(x), rows,
-            P=p, B=b, ACC=acc,
+            dy, x, middle, *both, x.shape[1], length, *spans(dy), *spans(x), rows,
+            P=p, B=b, ACC=acc, CENTERED=center is not None,
         )  # fmt: skip
-    return total, product
+    return both
 
 
 def combine(dy: Tensor | None, a: Tensor | None, x: Tensor, b: Tensor, c: Tensor | None) -> Tensor:

@@ -129,18 +129,26 @@ class _MABN(torch.autograd.Function):
     @num.quiet
     def backward(ctx, dy):
         x, *saved = ctx.saved_tensors
-        groups, n = len(saved[1]), x.numel() // saved[1].numel()
-        numbers = m.sums(dy, x, rows=1 if groups == 1 else len(x))
-        _, total, product, weight, gain, inverse, own, window = num.arrays(
-            *numbers, *saved, ctx.window
-        )
-        product = num.gather(product, groups)
-        scale = weight * gain
-        psi = _window_mean(window, scale * product / n, own)
-        b = -(inverse**2) * psi
-        dx = m.combine(dy, num.spread(scale, len(x)), x, num.spread(b, len(x)))
-        dweight, dbias = (gain * product).sum(0), total.sum(0)
-        return dx, num.tensor(dweight), num.tensor(dbias), None, None, None, None
+        groups, images = len(saved[1]), len(x)
+        if kernels := m.number_kernels(x, groups):
+            a, b, *gradients = kernels.mabn_backward(dy, x, *saved, ctx.window)
+        else:
+            sums = m.sums(dy, x, rows=1 if groups == 1 else images)
+            _, *numbers = num.arrays(*sums, *saved, ctx.window)
+            a, b, *gradients = _gradients(*numbers, n=x.numel() // saved[1].numel())
+        dx = m.combine(dy, num.spread(a, images), x, num.spread(b, images))
+        return dx, *map(num.tensor, gradients), None, None, None, None
+
+
+def _gradients(
+    total: Array, product: Array, weight: Array, gain: Array, inverse: Array, own: Array,
+    window: Array, *, n: int,
+) -> tuple[Array, ...]:  # fmt: skip
+    """From the sums of dL/dy and x dL/dy over n values: a and b, (G, C), of dL/dx = a dL/dy + b x,
+    and the gradients of weight and bias."""
+    product, a = num.gather(product, len(gain)), weight * gain
+    b = -(inverse**2) * _window_mean(window, a * product / n, own)
+    return a, b, (gain * product).sum(0), total.sum(0)
 
 
 class MABN2d(nn.Module):
@@ -193,7 +201,9 @@ class MABN2d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         m.check_4d(x)
         if self.training:
-            return _MABN.apply(x, self.weight, self.bias, *self.update(x), self.window_product)
+            return _MABN.apply(
+                x, self.weight, self.bias, *self.update(x.detach()), self.window_product
+            )
         mean = torch.zeros_like(self.running_square)
         state = (mean, self.running_square, self.weight, self.bias)
         return F.batch_norm(x, *state, training=False, eps=self.eps)
@@ -203,9 +213,14 @@ class MABN2d(nn.Module):
         """Move the forward state on; returns r / sqrt(chi_bar + eps), 1 / sqrt(chi_bar + eps) and
         which batches use their own values."""
         state = [self.running_square, self.window_square, self.num_batches_tracked]
+        groups = m.count_groups(x, self.batch_size)
+        if self.version == "release" and (kernels := m.number_kernels(x, groups)):
+            numbers = kernels.mabn_forward(x, *state, self.warmup, self.momentum, self.eps)
+            self.num_batches_tracked += 1
+            return numbers
         if self.version == "imagenet":
             state += [self.step_square, self.batches_in_step, self.num_steps_tracked]
-        xp, square, *state = num.arrays(m.mean_square(x.detach()), *state)
+        xp, square, *state = num.arrays(m.mean_square(x), *state)
         groups = m.split(square, self.batch_size)
         square = groups.sum(1) / groups.shape[1]  # (G, C)
         count = _imagenet if self.version == "imagenet" else _release

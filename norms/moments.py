@@ -68,6 +68,15 @@ def _triton() -> Any:
     return kernels
 
 
+def number_kernels(x: Tensor, groups: int) -> Any:
+    """`norms.number_kernels` where they are for x, of one group of images, else None."""
+    if groups > 1 or not _kernels(x):
+        return None
+    from norms import number_kernels
+
+    return number_kernels
+
+
 def _vectorized(x: Tensor, layout: Any = torch.contiguous_format) -> bool:
     """Whether to view maps as channels for a CPU kernel."""
     return x.is_cpu and x.is_contiguous(memory_format=layout) and plain(x) and eager(x)
@@ -139,6 +148,9 @@ def sums(dy: Tensor, x: Tensor, center: Array | None = None, rows: int = 1) -> t
     """The sums of dy and of dy * (x - center), for (N, C) centers of each map or, for (1, C), of
     each channel; in their shape. Without a center around 0, for so many rows."""
     rows = rows if center is None else len(center)
+    if kernels := _kernels(x):
+        both = kernels.sums(dy, x, tensor(center)).view(2, rows, -1, x.shape[1])
+        return (both.sum(2) if both.shape[2] > 1 else both.squeeze(2)).unbind()
     shape, last = (rows, x.shape[1]), rows == 1 and _vectorized(x, torch.channels_last)
     layout = torch.channels_last if last else torch.contiguous_format
     if (last or _vectorized(x)) and dy.is_contiguous(memory_format=layout):
@@ -149,16 +161,12 @@ def sums(dy: Tensor, x: Tensor, center: Array | None = None, rows: int = 1) -> t
         maps = (_as_channels(dy, rows), _as_channels(x, rows))
         _, product, total = _batch_norm_backward(*maps, *state)
         return arrays(total.view(shape), product.view(shape))[1:]
-    center = x.new_zeros(shape) if center is None else tensor(center)
-    if kernels := _kernels(x):
-        over = (0, 1) if rows == 1 else 1  # parts of maps, and images
-        total, product = (v.sum(over).view(shape) for v in kernels.sums(dy, x, center))
-        return total, product
+    center = tensor(center)
     dy = promote(dy)
     total, product = dy.sum((2, 3)), (dy * x).sum((2, 3))
     if rows == 1:
         total, product = total.sum(0, keepdim=True), product.sum(0, keepdim=True)
-    return arrays(total, product - center * total)[1:]
+    return arrays(total, product if center is None else product - center * total)[1:]
 
 
 def combine(dy: Tensor, a: Array, x: Tensor, b: Array, c: Array | None = None) -> Tensor:
@@ -196,10 +204,12 @@ class Normalize(torch.autograd.Function):
     @once_differentiable
     @quiet
     def backward(ctx, dy):
-        x, *numbers = ctx.saved_tensors
-        groups, images, n = len(numbers[1]), len(x), x.numel() // numbers[1].numel()
-        total, product = sums(dy, x, spread(numbers[1], images))
-        _, total, product, weight, mean, inverse, r, d = arrays(total, product, *numbers)
+        x, *saved = ctx.saved_tensors
+        groups, images, n = len(saved[1]), len(x), x.numel() // saved[1].numel()
+        if groups == 1 and eager(x):
+            return *_one_group(dy, x, *saved, through=ctx.through), *(None,) * 5
+        numbers = arrays(*sums(dy, x, spread(saved[1], images)), *saved)
+        _, total, product, weight, mean, inverse, r, d = numbers
         total, product = gather(total, groups), gather(product, groups)
         factor = inverse if r is None else inverse * r
         a, dweight = weight * factor, factor * product
@@ -214,11 +224,29 @@ class Normalize(torch.autograd.Function):
         return dx, tensor(dweight.sum(0)), tensor(total.sum(0)), None, None, None, None, None
 
 
+def _one_group(
+    dy: Tensor, x: Tensor, weight: Tensor, mean: Tensor, inverse: Tensor, r: Tensor | None,
+    d: Tensor | None, *, through: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The gradients of x, weight and bias where all images are one group: batch norm's."""
+    scale = promote(weight) if r is None else weight * r[0]
+    var = mean[0] if through else inverse[0].pow(-2)  # which batch norm only takes of the latter
+    state = (scale, mean[0], var, mean[0], inverse[0], through, 0.0, [True, True, True])
+    dx, dweight, dbias = _batch_norm_backward(dy, x, *state)
+    if r is not None:
+        dweight = dweight * r[0]
+    return dx, dweight if d is None else dweight + dbias * d[0], dbias
+
+
+def count_groups(x: Array, batch_size: int | None) -> int:
+    """Groups of `batch_size` images (None: all of them) that share statistics."""
+    check_groups(x, batch_size or x.shape[0])
+    return x.shape[0] // batch_size if batch_size else 1
+
+
 def split(x: Array, batch_size: int | None) -> Array:
-    """(N, C) -> (N / batch_size, batch_size, C): the groups that share statistics, in order."""
-    size = batch_size or x.shape[0]
-    check_groups(x, size)
-    return x.reshape(x.shape[0] // size, size, -1)
+    """(N, C) -> (G, N / G, C): the groups that share statistics, in order."""
+    return x.reshape(count_groups(x, batch_size), -1, x.shape[1])
 
 
 def pooled(mean: Array, var: Array, batch_size: int | None) -> tuple[Array, Array]:

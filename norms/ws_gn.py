@@ -21,6 +21,8 @@ from norms import numbers as num
 from norms.gn import check_groups, group_norm
 from norms.scheme import Scheme, conv
 
+_group_norm_backward = torch.ops.aten.native_group_norm_backward.default
+
 
 def as_rows(weight: Tensor) -> Tensor:
     """A view of (C_out, C_in, k, k) filters as (1, C_out, n, 1), whichever way they are stored."""
@@ -44,32 +46,37 @@ def standardize(weight: Tensor, eps: float, scale: Tensor | None = None) -> Tens
 
 
 class _Standardize(torch.autograd.Function):
-    """(W - mean) / (std + eps) with the unbiased or the biased deviation: no call has this form."""
+    """(W - mean) / (std + eps) with the unbiased or the biased deviation: no call has this form.
+
+    Its gradient, with n - 1 or n for m,
+
+        dL/dW = (g - mean(g)) / (std + eps) - (W - mean) sum(g (W - mean)) / ((std + eps)^2 m std)
+
+    is the one of group norm, scale * (W - mean) * inverse, at inverse^2 = n / (m std (std + eps))
+    and scale = 1 / ((std + eps) inverse).
+    """
 
     @staticmethod
     @num.quiet
     def forward(ctx, weight, eps, unbiased):
         rows = as_rows(weight)
         xp, mean, var = num.arrays(*m.moments(rows))
-        n = rows.shape[2] - unbiased
-        std = xp.sqrt(var * (rows.shape[2] / n))
-        inverse = 1 / (std + eps)
-        ctx.save_for_backward(weight, *map(num.tensor, (mean, std, inverse)))
-        ctx.n = n
-        return as_filters(m.affine(rows, inverse, -mean * inverse), weight)
+        ratio = rows.shape[2] / (rows.shape[2] - unbiased)
+        std = xp.sqrt(var * ratio)
+        by = 1 / (std + eps)
+        inverse = xp.where(std > 0, xp.sqrt(ratio * by / std), 1.0)
+        ctx.save_for_backward(weight, *(num.tensor(v[0]) for v in (mean, inverse, by / inverse)))
+        return as_filters(m.affine(rows, by, -mean * by), weight)
 
     @staticmethod
     @once_differentiable
-    @num.quiet
     def backward(ctx, dy):
-        weight, *saved = ctx.saved_tensors
-        rows = as_rows(weight)
-        dy = dy if weight.is_contiguous() else dy.permute(0, 2, 3, 1)
-        dy = dy.reshape(rows.shape)
-        xp, total, product, mean, std, inverse = num.arrays(*m.sums(dy, rows, saved[0]), *saved)
-        b = xp.where(std > 0, inverse**2 * product / (-ctx.n * std), 0.0)
-        c = inverse * total / -rows.shape[2] - b * mean
-        return as_filters(m.combine(dy, inverse, rows, b, c), weight), None, None
+        weight, mean, inverse, scale = ctx.saved_tensors
+        rows, dy = as_rows(weight), dy if weight.is_contiguous() else dy.permute(0, 2, 3, 1)
+        shape = (1, len(weight), rows.shape[2], len(weight))  # images, channels, positions, groups
+        state = (mean[None], inverse[None], scale, *shape, [True, False, False])
+        dx = _group_norm_backward(dy.reshape(rows.shape).contiguous(), rows, *state)[0]
+        return as_filters(dx, weight), None, None
 
 
 class WSConv2d(nn.Conv2d):

@@ -3,7 +3,7 @@
 import signal
 import threading
 import time
-from types import FrameType
+from types import FrameType, TracebackType
 from typing import Any
 
 import torch
@@ -43,7 +43,11 @@ class Checkpoints:
                     self.before[number] = signal.signal(number, self.note)
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(
+        self, kind: type | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error and distributed.lost(error):
+            return  # torchrun ends the others by SIGTERM, but first they say what happened
         for number, handler in self.before.items():
             signal.signal(number, handler)
 

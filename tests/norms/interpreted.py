@@ -1,15 +1,17 @@
 """The GPU's kernels on the CPU, through Triton's interpreter: each against float64, and all layers
 that use them against what they compute without. Run by test_kernels.py."""
 
+from functools import partial
+
 import pytest
 import torch
 
 import norms
-from norms import kernels, numbers
+from norms import kernels, number_kernels, numbers
 from norms import moments as m
 from tests.norms.test_layers import randomize
 
-kernels.TILE, kernels.PROGRAMS = 256, 8  # interpreting takes long
+kernels.TILE, kernels.PROGRAMS, number_kernels.TILE = 256, 8, 64  # interpreting takes long
 
 
 @pytest.fixture(autouse=True)
@@ -76,13 +78,44 @@ def test_maps_are_cut_where_there_are_few():
     assert kernels.parts(4099, 64, 1) == 1  # a prime number
 
 
+def both_ways(net, x, dy):
+    """Output, gradients and state."""
+    x = x.detach().requires_grad_()
+    y = net(x)
+    y.backward(dy)
+    gradients = [p.grad for p in net.parameters() if p.requires_grad]
+    found = [y, x.grad, *gradients, *net.buffers()]
+    net.zero_grad()
+    return found
+
+
+def compare(make, steps, monkeypatch):
+    """What two networks that are alike compute in `steps`, (x, dy), with kernels and without;
+    returns the names of the kernels for numbers that were called."""
+    plain, ours = make(), make()
+    called = []
+    for name in ("mabn_forward", "mabn_backward", "bcn_forward", "bcn_backward"):
+        kernel = getattr(number_kernels, name)
+        spy = partial(
+            lambda name, kernel, *args: called.append(name) or kernel(*args), name, kernel
+        )
+        monkeypatch.setattr(number_kernels, name, spy)
+    for x, dy in steps:
+        monkeypatch.setattr(m, "_kernels", lambda x: None)
+        expected = both_ways(plain, x, dy)
+        monkeypatch.setattr(m, "_kernels", lambda x: kernels)
+        for a, b in zip(both_ways(ours, x, dy), expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+    return called
+
+
 @pytest.mark.parametrize("last", [False, True])
 @pytest.mark.parametrize(
     ("scheme", "options"),
     [
         ("bn", {}),
-        ("mabn", {}),
         ("mabn", {"version": "imagenet"}),
+        ("mabn", {}),
         ("bcn", {"statistics": "batch"}),
         ("bcn", {"statistics": "estimated"}),
         ("brn", {}),
@@ -90,28 +123,57 @@ def test_maps_are_cut_where_there_are_few():
     ],
 )
 @pytest.mark.usefixtures("as_default")
-def test_layers_with_kernels(scheme, options, last, monkeypatch):
-    """Convolution and norm, groups of two images: outputs, gradients and state over two steps."""
+def test_layers_in_groups(scheme, options, last, monkeypatch):
+    """Convolution and norm, groups of two images."""
     built = norms.build(scheme, batch_size=2, sgd_batch_size=4, **options)
     layout = torch.channels_last if last else torch.contiguous_format
-    pair = []
-    for _ in range(2):
+
+    def make():
         torch.manual_seed(1)
         net = torch.nn.Sequential(built.conv(3, 8, 3), built.norm(8))
         randomize(net)
-        pair.append(net.to(memory_format=layout))
-    used = []
-    for step in range(2):
-        torch.manual_seed(2 + step)
-        x, dy = images((4, 3, 7, 7)).to(memory_format=layout), torch.randn(4, 8, 5, 5)
-        found = []
-        for net, own in zip(pair, (None, kernels), strict=True):
-            monkeypatch.setattr(m, "_kernels", lambda x, own=own: used.append(own) or own)
-            x = x.detach().requires_grad_()
-            y = net(x)
-            y.backward(dy)
-            found.append([y, x.grad, *(p.grad for p in net.parameters()), *net.buffers()])
-            net.zero_grad()
-        for plain, ours in zip(*found, strict=True):
-            torch.testing.assert_close(ours, plain, rtol=1e-9, atol=1e-9)
-    assert kernels in used
+        return net.to(memory_format=layout)
+
+    steps = [
+        (images((4, 3, 7, 7)).to(memory_format=layout), torch.randn(4, 8, 5, 5)) for _ in range(2)
+    ]
+    assert not compare(make, steps, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("make", "kernel"),
+    [
+        (lambda: norms.MABN2d(20, 3, 7, warmup=3), "mabn"),
+        (lambda: norms.MABN2d(5, 3, 2, warmup=1), "mabn"),
+        (lambda: norms.BatchChannelNorm2d(12, 4, 3), "bcn"),
+        (lambda: norms.BatchChannelNorm2d(6, 1), "bcn"),
+        (lambda: norms.BatchChannelNorm2d(6, 6, 3, rate=0.1), "bcn"),
+    ],
+)
+@pytest.mark.parametrize("start", [0, 997])
+@pytest.mark.usefixtures("as_default")
+def test_numbers_of_one_group(make, kernel, start, monkeypatch):
+    """Through MABN's warm-up, and to where r is free."""
+
+    def at_start():
+        torch.manual_seed(1)
+        layer = make()
+        randomize(layer)
+        for name, buffer in layer.named_buffers():
+            if name.endswith("num_batches_tracked"):
+                buffer.fill_(start)
+            elif name.startswith("running"):
+                buffer.uniform_(0.1, 30)
+        return layer
+
+    layer = make()
+    channels = layer.num_features if kernel == "mabn" else layer.num_channels
+    shape = (3, channels, 2, 3)
+    steps = [(images(shape), torch.randn(shape)) for _ in range(5)]
+    called = compare(at_start, steps, monkeypatch)
+    assert called == [f"{kernel}_forward", f"{kernel}_backward"] * 5
+
+
+def test_many_images_of_many_channels_are_left_to_pytorch():
+    assert number_kernels.fits(4, 16)
+    assert not number_kernels.fits(5, 16)
