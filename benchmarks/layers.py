@@ -252,7 +252,7 @@ class Fresh(nn.Module):
 def networks_table(args: argparse.Namespace, where: torch.device, own: bool) -> dict[str, Any]:
     x = torch.randn(args.images, 3, args.size, args.size).to(where, memory_format=args.layout)
     calls = {n: partial(step(n, args.model, args.images, where), x) for n in NETWORKS}
-    times = measure(calls, max(2, args.rounds // 5), own, where)
+    times = measure(calls, max(2, args.rounds // 2), own, where)
     table = rows(times, "bn")
     for row, base in zip(table, ("bn", "bn", "bn", "bn", "gn", "gn"), strict=True):
         row |= {"to": base, "ratio": round(float(np.median(times[row["layer"]] / times[base])), 3)}

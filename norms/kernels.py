@@ -56,6 +56,21 @@ def _moments(
 
 
 @triton.jit
+def _pool(part_mean, part_var, mean, var, C, parts, R: tl.constexpr, B: tl.constexpr):
+    """The moments of maps from those of their parts, all as large: (N, parts, C) -> (N, C)."""
+    n = tl.program_id(0)
+    part, c = tl.arange(0, R), tl.program_id(1) * B + tl.arange(0, B)
+    there = (part < parts)[:, None] & (c < C)[None, :]
+    at = (n * parts + part)[:, None] * C + c[None, :]
+    own = tl.load(part_mean + at, mask=there, other=0)
+    average = tl.sum(own, 0) / parts
+    away = tl.where(there, own - average[None, :], 0)
+    square = tl.sum(tl.load(part_var + at, mask=there, other=0) + away * away, 0) / parts
+    tl.store(mean + n * C + c, average, mask=c < C)
+    tl.store(var + n * C + c, square, mask=c < C)
+
+
+@triton.jit
 def _sums(
     dy, x, center, total, product, C, L, dn, dc, dp, xn, xc, xp, rows,
     P: tl.constexpr, B: tl.constexpr, ACC: tl.constexpr, CENTERED: tl.constexpr,
@@ -146,8 +161,8 @@ def spans(x: Tensor) -> tuple[int, int, int]:
 
 
 def moments(x: Tensor, centered: bool = True) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance of every map, by its parts: (N, C, H, W) -> (N, parts, C) twice.
-    Unless `centered`, the second is the mean square and the first is not set."""
+    """Mean and biased variance of every map: (N, C, H, W) -> (N, C) twice. Unless `centered`, the
+    second is the mean square of parts of the maps, (N, parts, C), and the first is not set."""
     x = dense(x)
     programs, length, p, b = grid(x)
     acc, dtype = accumulator(x)
@@ -156,7 +171,16 @@ def moments(x: Tensor, centered: bool = True) -> tuple[Tensor, Tensor]:
         _moments[programs](
             x, mean, var, x.shape[1], length, *spans(x), P=p, B=b, ACC=acc, CENTERED=centered
         )
-    return mean, var
+        if not centered:
+            return mean, var
+        n, count, channels = mean.shape
+        if count == 1:
+            return mean[:, 0], var[:, 0]
+        rows = triton.next_power_of_2(count)
+        width = min(triton.next_power_of_2(channels), max(1, TILE // rows))
+        pooled = mean.new_empty((2, n, channels))
+        _pool[n, triton.cdiv(channels, width)](mean, var, *pooled, channels, count, R=rows, B=width)
+        return pooled[0], pooled[1]
 
 
 def sums(dy: Tensor, x: Tensor, center: Tensor | None) -> Tensor:

@@ -5,8 +5,8 @@ channels, both follow in closed form from the moments of each single map. Every 
 x * scale + shift with one number per image and channel, and its gradient is a * dy + b * x + c with
 numbers that follow from each map's sums of dy and dy * x. So forward an activation is read for its
 moments, and again while y is written; backward x and dy are read for their sums, and again while dx
-is written: the passes of batch norm. Everything between is a few small tensors of shape (N, C), and
-these and x are all that is kept for the backward pass.
+is written: the passes of batch norm. Everything between is arithmetic on a few numbers per image and
+channel (`norms/numbers.py`), and these and x are all that is kept for the backward pass.
 
 `moments`, `mean_square`, `affine`, `sums` and `combine` are the functions that touch activations.
 On a GPU each is a kernel of `norms/kernels.py`, in just those passes. On a CPU they call those of
@@ -102,8 +102,7 @@ def _over_maps(values: Array) -> Tensor:
 def moments(x: Tensor) -> tuple[Array, Array]:
     """Mean and biased variance of every map: (N, C, H, W) -> (N, C), (N, C)."""
     if kernels := _kernels(x):
-        mean, var = kernels.moments(x)
-        return pool(mean, var, dim=1)
+        return kernels.moments(x)
     if _vectorized(x):
         n, c, h, w = x.shape
         one = _constants(c, x.dtype)[1]
@@ -161,8 +160,7 @@ def sums(dy: Tensor, x: Tensor, center: Array | None = None, rows: int = 1) -> t
         maps = (_as_channels(dy, rows), _as_channels(x, rows))
         _, product, total = _batch_norm_backward(*maps, *state)
         return arrays(total.view(shape), product.view(shape))[1:]
-    center = tensor(center)
-    dy = promote(dy)
+    dy, center = promote(dy), tensor(center)
     total, product = dy.sum((2, 3)), (dy * x).sum((2, 3))
     if rows == 1:
         total, product = total.sum(0, keepdim=True), product.sum(0, keepdim=True)

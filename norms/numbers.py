@@ -1,10 +1,10 @@
 """Arithmetic on a layer's few numbers per channel: statistics, their averages, factors.
 
-There are some fifty operations of it in a step of MABN or BCN. On maps of 7x7 with 2 images PyTorch
-takes longer to start them on a CPU than the passes over the activations take; NumPy's operations
-start five times as fast. So the layers write such arithmetic once, for both, in the names of the
-Python array API standard that `torch` and `numpy` share: `arrays` gives the namespace and, on a
-CPU, NumPy arrays in the memory of the tensors.
+A step of MABN or BCN has fifty to seventy operations of it. PyTorch takes longer to start them on a
+CPU than to pass over the activations where maps are small; NumPy starts its own in a fifth of the
+time. So the layers write such arithmetic once, for both, in the names that `torch` and `numpy` share
+(the Python array API standard): `arrays` gives the namespace and, on a CPU, NumPy arrays in the
+memory of the tensors. For GPUs see also `norms/number_kernels.py`.
 
 Shapes: (N, C) for images, (G, C) for groups of images that share statistics, in order.
 """
@@ -51,14 +51,20 @@ def arrays(*values: Array | None) -> tuple[Any, ...]:
     """A namespace and the values in it: numpy, and arrays in the memory of tensors, on a CPU; torch
     and tensors on other devices, in half precision and where something is to be differentiated or
     compiled."""
-    converted: list[Any] = []
+    if torch.compiler.is_compiling():
+        return torch, *values
+    differentiated, converted = torch.is_grad_enabled(), []
     for v in values:
         if v is None or type(v) is np.ndarray:
             converted.append(v)
-        elif v.is_cpu and v.dtype in TYPES and plain(v) and eager(v):
+        elif not (v.is_cpu and v.dtype in TYPES and plain(v)):
+            return torch, *map(tensor, values)
+        elif not v.requires_grad:
+            converted.append(v.numpy())
+        elif not differentiated:
             converted.append(v.detach().numpy())
         else:
-            return torch, *(tensor(v) for v in values)
+            return torch, *map(tensor, values)
     return np, *converted
 
 

@@ -32,7 +32,7 @@ def test_interpreted():
     assert run.returncode == 0, run.stdout[-4000:]
 
 
-SIZES = "n C L K N S rows count area dn dc dp xn xc xp"
+SIZES = "n parts C L K N S rows count area dn dc dp xn xc xp"
 # Tiles and options. Triton compiles a size of 1 as a constant.
 MABN = dict(OWN=100, FREE=1000, MOMENTUM=0.98, EPS=1e-5, W=13, P=16, R=8, B=16)
 BCN = dict(RATE=0.1, EPS=1e-5, BN_EPS=1e-5, P=4, B=8)
@@ -40,6 +40,7 @@ ONES = dict(N=1, S=1, area=1)
 KERNELS = [
     ("kernels._moments", dict(P=32, B=4, CENTERED=True)),
     ("kernels._moments", dict(P=4, B=32, CENTERED=False)),
+    ("kernels._pool", dict(R=8, B=16)),
     ("kernels._sums", dict(P=32, B=4, CENTERED=True, rows=0)),
     ("kernels._sums", dict(P=4, B=32, CENTERED=False)),
     ("kernels._combine", dict(P=32, B=4, GRADIENT=True, SHIFT=False)),
