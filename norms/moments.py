@@ -5,8 +5,8 @@ channels, both follow in closed form from the moments of each single map. Every 
 x * scale + shift with one number per image and channel, and its gradient is a * dy + b * x + c with
 numbers that follow from each map's sums of dy and dy * x. So forward an activation is read for its
 moments, and again while y is written; backward x and dy are read for their sums, and again while dx
-is written: the passes of batch norm. Everything between is arithmetic on a few numbers per image and
-channel (`norms/numbers.py`), and these and x are all that is kept for the backward pass.
+is written: the passes of batch norm. Everything between is arithmetic on a few numbers per image
+and channel (`norms/numbers.py`), and these and x are all that is kept for the backward pass.
 
 `moments`, `mean_square`, `affine`, `sums` and `combine` are the functions that touch activations.
 On a GPU each is a kernel of `norms/kernels.py`, in just those passes. On a CPU they call those of

@@ -2,9 +2,9 @@
 
 A step of MABN or BCN has fifty to seventy operations of it. PyTorch takes longer to start them on a
 CPU than to pass over the activations where maps are small; NumPy starts its own in a fifth of the
-time. So the layers write such arithmetic once, for both, in the names that `torch` and `numpy` share
-(the Python array API standard): `arrays` gives the namespace and, on a CPU, NumPy arrays in the
-memory of the tensors. For GPUs see also `norms/number_kernels.py`.
+time. So the layers write such arithmetic once, for both, in the names that `torch` and `numpy`
+share (the Python array API standard): `arrays` gives the namespace and, on a CPU, NumPy arrays in
+the memory of the tensors. For GPUs see also `norms/number_kernels.py`.
 
 Shapes: (N, C) for images, (G, C) for groups of images that share statistics, in order.
 """

@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import norms
 from norms import kernels, number_kernels, numbers
@@ -173,6 +174,66 @@ def test_numbers_of_one_group(make, kernel, start, monkeypatch):
     steps = [(images(shape), torch.randn(shape)) for _ in range(5)]
     called = compare(at_start, steps, monkeypatch)
     assert called == [f"{kernel}_forward", f"{kernel}_backward"] * 5
+
+
+FREE = {  # views and allocations
+    *("view", "_unsafe_view", "detach", "unbind", "slice", "select", "unsqueeze", "squeeze"),
+    *("expand", "permute", "empty", "new_empty", "empty_like"),
+}
+
+
+class Launches(TorchDispatchMode):
+    """The kernels that a GPU would be given: ours, and PyTorch's operations but for views and
+    allocations."""
+
+    def __init__(self, monkeypatch):
+        super().__init__()
+        self.names, self.interpreting = [], False
+        for module in (kernels, number_kernels):
+            for name, function in vars(module).copy().items():
+                if hasattr(function, "run") and name.startswith("_"):
+                    monkeypatch.setattr(module, name, self.spy(function, name))
+
+    def spy(self, function, name):
+        def launch(grid):
+            def call(*args, **kwargs):
+                self.names.append(name)
+                self.interpreting = True
+                function[grid](*args, **kwargs)
+                self.interpreting = False
+
+            return call
+
+        return type(
+            "Kernel", (), {"__getitem__": staticmethod(launch), "__call__": staticmethod(function)}
+        )()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if not (self.interpreting or name in FREE):
+            self.names.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("make", "expected"),
+    [
+        (lambda: norms.MABN2d(8, 2), 8),
+        (lambda: norms.BatchChannelNorm2d(8, 4, 2), 7),
+        (lambda: norms.BatchChannelNorm2d(8, 4, 2, rate=0.1), 6),
+        (lambda: norms.BatchRenorm2d(8, 2), 47),
+    ],
+)
+def test_launches(make, expected, monkeypatch):
+    """Forward and backward of a batch; see results/layers."""
+    layer = make()
+    x, dy = torch.randn(2, 8, 4, 4, requires_grad=True), torch.randn(2, 8, 4, 4)
+    layer(x).backward(dy)
+    x.grad = None
+    layer.zero_grad()
+    with Launches(monkeypatch) as launches:
+        layer(x).backward(dy)
+    assert len(launches.names) == expected, launches.names
 
 
 def test_many_images_of_many_channels_are_left_to_pytorch():
