@@ -77,7 +77,7 @@ class EstimatedBatchNorm2d(nn.Module):
         meets them, (G, C): the estimates that every group in turn has moved. In evaluation the last
         estimates, (1, C)."""
         if not self.training:
-            return self.running_mean[None], torch.rsqrt(self.running_var + self.eps)[None]
+            return self.running_mean[None].clone(), torch.rsqrt(self.running_var + self.eps)[None]
         running = (self.running_mean, self.running_var)
         xp, mean, var, running_mean, running_var = num.arrays(mean, var, *running)
         mean, var = m.pooled(mean, var, self.batch_size)
@@ -118,9 +118,10 @@ class _BatchChannelNorm(torch.autograd.Function):
     @num.quiet
     def backward(ctx, dy):
         x, *saved = ctx.saved_tensors
+        _, _, weight, mean, _, center, *_ = saved
         area = x.shape[2] * x.shape[3]
-        sums = m.sums(dy, x, saved[3])
-        if kernels := _kernels(x, len(saved[5]), len(saved[2])):
+        sums = m.sums(dy, x, mean)
+        if kernels := _kernels(x, len(center), len(weight)):
             a, b, c, *gradients = kernels.bcn_backward(*sums, saved, area, ctx.through)
         else:
             _, *numbers = num.arrays(*sums, *saved)
@@ -205,7 +206,7 @@ class BatchChannelNorm2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         m.check_4d(x)
-        through = self.training and isinstance(self.bn, GhostBatchNorm2d)
+        through = self.bn.training and isinstance(self.bn, GhostBatchNorm2d)
         if through:
             m.check_variance(x, self.bn.batch_size)
         parameters = (self.bn.weight, self.bn.bias, self.weight, self.bias)
@@ -222,7 +223,7 @@ class BatchChannelNorm2d(nn.Module):
         of the channel norm, (N, K). Moves the batch norm's state on."""
         moments, images = m.moments(x), len(x)
         parameters = (bn_weight, bn_bias, weight, bias)
-        groups = m.count_groups(x, self.bn.batch_size) if self.training else 0
+        groups = m.count_groups(x, self.bn.batch_size) if self.bn.training else 0
         if groups == 1 and (kernels := _kernels(x, groups, self.num_groups)):
             state = self.bn.before_update()
             return kernels.bcn_forward(x, *moments, *parameters, *state, self.bn.eps, self.eps)

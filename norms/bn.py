@@ -61,7 +61,7 @@ class GhostBatchNorm2d(nn.BatchNorm2d):
         (G, C), by which this moves the running statistics, one group after another; `area` is
         H * W. In evaluation those of the running statistics, (1, C)."""
         if not self.training:
-            return self.running_mean[None], torch.rsqrt(self.running_var + self.eps)[None]
+            return self.running_mean[None].clone(), torch.rsqrt(self.running_var + self.eps)[None]
         state = (self.running_mean, self.running_var)
         xp, mean, var, *running = num.arrays(mean, var, *state)
         count = (self.batch_size or len(mean)) * area

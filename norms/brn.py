@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from norms import moments as m
 from norms import numbers as num
+from norms.numbers import Array
 from norms.scheme import Scheme, conv, frozen_batch_norm
 
 
@@ -72,7 +73,7 @@ class BatchRenorm2d(nn.Module):
         return m.Normalize.apply(x, self.weight, self.bias, *numbers, True)
 
     @num.quiet
-    def correct(self, mean: Tensor, var: Tensor) -> list[Tensor]:
+    def correct(self, mean: Array, var: Array) -> list[Tensor]:
         """From the moments of every map, (N, C): mean, 1 / sigma_B, r and d of every group, (G, C);
         and the update of the moving values by all of them."""
         xp, mean, var, running_mean, running_std, tracked = num.arrays(

@@ -1,9 +1,9 @@
 """The passes of `norms/moments.py` over activations on a GPU, as Triton kernels.
 
-Each reads an activation once and, for those that give one, writes one: forward `moments` or
-`mean_square` and then `affine`, backward `sums` and then `combine`, which are batch norm's two
-reads and a write forward and four reads and a write backward. Half precision is computed in
-float32, float64 in itself.
+Each reads an activation once and, for those that give one, writes one: forward `moments` and then
+`combine`, backward `sums` and then `combine`, which are batch norm's two reads and a write forward
+and four reads and a write backward. Where there are few maps their parts are read side by side, and
+`_pool` joins the moments. Half precision is computed in float32, float64 in itself.
 
 A program takes a tile of positions and channels of one image, whose longer side follows memory:
 contiguous maps are read along positions, channels-last ones along channels.

@@ -110,9 +110,10 @@ def _imagenet(layer: "MABN2d", square: Array, state: Sequence[Array]) -> tuple[A
 
 
 class _MABN(torch.autograd.Function):
-    """y and its gradients for all groups of a batch at once; x: (N, C, H, W), the rest (G, C).
+    """y and its gradients for all groups of a batch at once.
 
-    `window` holds psi of the batches before and is moved on by the backward pass.
+    x: (N, C, H, W); weight, bias: (C,); gain, inverse: (G, C); own: (G, 1) or (1, 1). `window`,
+    (m, C), holds psi of the batches before and is moved on by the backward pass.
     """
 
     @staticmethod
@@ -221,8 +222,8 @@ class MABN2d(nn.Module):
         if self.version == "imagenet":
             state += [self.step_square, self.batches_in_step, self.num_steps_tracked]
         xp, square, *state = num.arrays(m.mean_square(x), *state)
-        groups = m.split(square, self.batch_size)
-        square = groups.sum(1) / groups.shape[1]  # (G, C)
+        square = m.split(square, self.batch_size)
+        square = square.sum(1) / square.shape[1]  # (G, C)
         count = _imagenet if self.version == "imagenet" else _release
         chi, running, free, own = count(self, square, state)
         state[2] += len(square)

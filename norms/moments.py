@@ -56,7 +56,7 @@ def to_type(y: Tensor, x: Tensor) -> Tensor:
 
 def _kernels(x: Tensor) -> Any:
     """`norms.kernels` where they are for x, else None."""
-    return _triton() if x.is_cuda and eager(x) else None
+    return _triton() if x.is_cuda and plain(x) and eager(x) else None
 
 
 @cache
@@ -136,7 +136,7 @@ def affine(x: Tensor, scale: Array, shift: Array) -> Tensor:
         rows = len(scale)
         if len(shift) < rows:
             shift = tensor(shift).expand(rows, -1)
-        scale, shift = tensor(scale.reshape(-1)), tensor(shift.reshape(-1))
+        scale, shift = (promote(tensor(v.reshape(-1))) for v in (scale, shift))
         state = (scale, shift, *_constants(len(scale), x.dtype))
         y = torch.native_batch_norm(_as_channels(x, rows), *state, False, 0.0, 0.0)[0]
         return y if rows == 1 else _unsafe_view(y, x.shape)  # a view could not be changed in place

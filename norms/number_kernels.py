@@ -1,9 +1,9 @@
 """The arithmetic between a layer's passes on a GPU, as one Triton kernel forward and one backward.
 
 At batch 2 a layer's passes take a few microseconds, and so does every operation on its few numbers
-per channel, of which MABN has forty and BCN seventy in a step. These kernels are for images that
-all share statistics (`protocol=direct`). With groups each operation computes more at once; there
-the layers do with the operations of `norms/mabn.py` and `norms/bcn.py`, which have the formulas.
+per channel, of which MABN has some forty and BCN seventy in a step. These kernels are for images
+that all share statistics (`protocol=direct`). With groups each operation computes more at once;
+there the layers do with those of `norms/mabn.py` and `norms/bcn.py`, which have the formulas.
 """
 
 from typing import Any
@@ -35,7 +35,7 @@ def _push(window, new, own, c, C, W: tl.constexpr, P: tl.constexpr):
     row = tl.arange(0, P)
     there = (row < W - 1)[:, None] & (c < C)[None, :]
     at = window + row[:, None] * C + c[None, :]
-    kept = tl.load(at + C, mask=there, other=0)
+    kept = tl.load(at + C, mask=there, other=0).to(new.dtype)
     tl.debug_barrier()  # all are read before one is written over
     tl.store(at, kept, mask=there)
     tl.store(window + (W - 1) * C + c, new, mask=c < C)
@@ -52,10 +52,12 @@ def _mabn_forward(
     step = tl.load(tracked) + 1
     tl.store(own, step < OWN, mask=tl.program_id(0) == 0)
     chi = _push(window, _total(square, c, C, rows, R, B, ACC) / rows, step < OWN, c, C, W, P)
-    before = tl.load(running + c, mask=c < C, other=1)
+    before = tl.load(running + c, mask=c < C, other=1).to(ACC)
     tl.store(running + c, chi + MOMENTUM * (before - chi), mask=c < C)
     root = tl.sqrt(chi + EPS)
-    r = tl.minimum(tl.maximum(root / tl.sqrt(before + EPS), 0.2), 5.0)
+    r = root / tl.sqrt(before + EPS)
+    r = tl.where(r < 0.2, tl.full([B], 0.2, ACC), r)  # unlike minimum and maximum leaves NaN
+    r = tl.where(r > 5, 5, r)
     tl.store(gain + c, tl.where(step > FREE, r, 1.0) / root, mask=c < C)
     tl.store(inverse + c, 1 / root, mask=c < C)
 

@@ -1,8 +1,8 @@
 """Arithmetic on a layer's few numbers per channel: statistics, their averages, factors.
 
-A step of MABN or BCN has fifty to seventy operations of it. PyTorch takes longer to start them on a
-CPU than to pass over the activations where maps are small; NumPy starts its own in a fifth of the
-time. So the layers write such arithmetic once, for both, in the names that `torch` and `numpy`
+A step of MABN has some forty operations of it, of BCN seventy. PyTorch takes longer to start them
+on a CPU than to pass over the activations where maps are small; NumPy starts its own in a fifth of
+the time. So the layers write such arithmetic once, for both, in the names that `torch` and `numpy`
 share (the Python array API standard): `arrays` gives the namespace and, on a CPU, NumPy arrays in
 the memory of the tensors. For GPUs see also `norms/number_kernels.py`.
 
@@ -41,17 +41,22 @@ def quiet(function: F) -> F:
     return cast(F, call)
 
 
+def recorded() -> bool:
+    """Whether a compiler or a tracer follows what is computed."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
 def eager(t: Tensor) -> bool:
     """Whether t may be given to what nobody could differentiate or fuse."""
     differentiated = t.requires_grad and torch.is_grad_enabled()
-    return not (differentiated or torch.compiler.is_compiling())
+    return not (differentiated or recorded())
 
 
 def arrays(*values: Array | None) -> tuple[Any, ...]:
     """A namespace and the values in it: numpy, and arrays in the memory of tensors, on a CPU; torch
     and tensors on other devices, in half precision and where something is to be differentiated or
     compiled."""
-    if torch.compiler.is_compiling():
+    if recorded():
         return torch, *values
     differentiated, converted = torch.is_grad_enabled(), []
     for v in values:
@@ -117,7 +122,8 @@ def window_means(values: Array, size: int) -> Array:
 
 def lerp(start: Array, end: Array, weight: float) -> Array:
     if isinstance(start, Tensor):
-        return torch.lerp(start, end.to(start.dtype), weight)
+        dtype = torch.promote_types(start.dtype, end.dtype)
+        return torch.lerp(start.to(dtype), end.to(dtype), weight)
     return start + weight * (end - start)
 
 
@@ -142,7 +148,7 @@ def moving_average(start: Array, values: Array, rate: float) -> tuple[Array, Arr
     age = double(xp.clip(steps[:, None] - steps[None, :], 0, len(values)))
     weights = xp.tril((1 - rate) ** age)
     weights[:, 1:] *= rate
-    moved = as_type(weights @ double(xp.concat([start[None], values])), start)
+    moved = as_type(weights @ double(xp.concat([as_type(start[None], values), values])), values)
     return moved[:-1], moved[1:]
 
 
@@ -153,4 +159,4 @@ def moved_average(start: Array, values: Array, rate: float) -> Array:
     xp = namespace(values)
     age = double(xp.arange(len(values) - 1, -1, -1, device=values.device))
     moved = start * (1 - rate) ** len(values) + rate * ((1 - rate) ** age @ double(values))
-    return as_type(moved, start)
+    return as_type(moved, values)

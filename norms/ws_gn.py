@@ -75,8 +75,9 @@ class _Standardize(torch.autograd.Function):
         rows, dy = as_rows(weight), dy if weight.is_contiguous() else dy.permute(0, 2, 3, 1)
         shape = (1, len(weight), rows.shape[2], len(weight))  # images, channels, positions, groups
         state = (mean[None], inverse[None], scale, *shape, [True, False, False])
-        dx = _group_norm_backward(dy.reshape(rows.shape).contiguous(), rows, *state)[0]
-        return as_filters(dx, weight), None, None
+        dy = m.promote(dy.reshape(rows.shape).contiguous())
+        dx = _group_norm_backward(dy, m.promote(rows), *state)[0]
+        return as_filters(m.to_type(dx, weight), weight), None, None
 
 
 class WSConv2d(nn.Conv2d):

@@ -46,10 +46,10 @@ class Checkpoints:
     def __exit__(
         self, kind: type | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error and distributed.lost(error):
-            return  # torchrun ends the others by SIGTERM, but first they say what happened
         for number, handler in self.before.items():
-            signal.signal(number, handler)
+            # torchrun ends the others by SIGTERM, but first they say that one was lost
+            unheard = number == signal.SIGTERM and error and distributed.lost(error)
+            signal.signal(number, signal.SIG_IGN if unheard else handler)
 
     def note(self, number: int, frame: FrameType | None) -> None:
         self.asked = number

@@ -107,7 +107,7 @@ def compare(make, steps, monkeypatch):
         expected = both_ways(plain, x, dy)
         monkeypatch.setattr(m, "_kernels", lambda x: kernels)
         for a, b in zip(both_ways(ours, x, dy), expected, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9, equal_nan=True)
     return called
 
 
@@ -166,6 +166,8 @@ def test_numbers_of_one_group(make, kernel, start, monkeypatch):
                 buffer.fill_(start)
             elif name.startswith("running"):
                 buffer.uniform_(0.1, 30)
+                if kernel == "mabn":  # r is cut off at either end, and NaN is not
+                    buffer[:3] = torch.tensor([1e6, 1e-6, torch.nan])
         return layer
 
     layer = make()
@@ -178,7 +180,7 @@ def test_numbers_of_one_group(make, kernel, start, monkeypatch):
 
 FREE = {  # views and allocations
     *("view", "_unsafe_view", "detach", "unbind", "slice", "select", "unsqueeze", "squeeze"),
-    *("expand", "permute", "empty", "new_empty", "empty_like"),
+    *("expand", "permute", "empty", "new_empty", "empty_like", "promote_types"),
 }
 
 
@@ -233,7 +235,7 @@ def test_launches(make, expected, monkeypatch):
     layer.zero_grad()
     with Launches(monkeypatch) as launches:
         layer(x).backward(dy)
-    assert len(launches.names) == expected, launches.names
+    assert len(launches.names) == expected, " ".join(launches.names)
 
 
 def test_many_images_of_many_channels_are_left_to_pytorch():

@@ -1,6 +1,7 @@
 """Each layer equals its literal float64 form: forward, gradients and state over several steps."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -472,6 +473,63 @@ def test_one_value_has_no_variance(name):
         layer(torch.randn(1, 4, 1, 1))
     if name != "in":
         layer.eval()(torch.randn(1, 4, 1, 1))
+
+
+@pytest.mark.parametrize("rate", [None, 0.1])
+def test_bcn_with_a_frozen_batch_norm(rate):
+    """As is usual where a network is tuned: the batch norms inside are set to evaluation."""
+    layer = BatchChannelNorm2d(6, 3, 2, rate=rate)
+    randomize(layer)
+    layer(torch.randn(4, 6, 3, 3))
+    layer.bn.eval()
+    before = {k: v.clone() for k, v in layer.state_dict().items()}
+    x = torch.randn(4, 6, 3, 3, requires_grad=True)
+    assert torch.autograd.gradcheck(layer, x)
+    assert all(torch.equal(v, before[k]) for k, v in layer.state_dict().items())
+    close(layer(x), layer.eval()(x))
+
+
+@pytest.mark.parametrize("rate", [None, 0.1])
+def test_bcn_keeps_the_statistics_of_its_forward_pass(rate):
+    """Between an evaluation and its backward pass the layer may be trained."""
+    layer = BatchChannelNorm2d(6, 3, rate=rate)
+    randomize(layer)
+    x, dy = torch.randn(2, 6, 3, 3, requires_grad=True), torch.randn(2, 6, 3, 3)
+    layer.eval()(x).backward(dy)
+    expected, x.grad = x.grad, None
+    y = layer.eval()(x)
+    layer.train()(torch.randn(2, 6, 3, 3) + 5)
+    y.backward(dy)
+    close(x.grad, expected)
+
+
+@pytest.mark.parametrize("statistics", ["batch", "estimated"])
+def test_a_traced_evaluation_looks_at_each_image(statistics):
+    layer = build("bcn", batch_size=2, statistics=statistics).norm(8).eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # tracing is old, and shapes become constants
+        traced = torch.jit.trace(layer, torch.randn(2, 8, 4, 4))
+    x = torch.randn(2, 8, 4, 4) * 3 + 1
+    close(traced(x), layer(x))
+
+
+@pytest.mark.parametrize("name", ["bn", "bcn", "estbn", "brn", "mabn", "ws_gn"])
+@pytest.mark.parametrize("size", [2, 4])
+def test_a_network_in_half_precision(name, size):
+    """All of it, weights and buffers too; close to the same in float64."""
+    norm = name.replace("estbn", "bcn")
+    options = {"statistics": "estimated"} if name == "estbn" else {}
+    built = build(norm, batch_size=size, **options)
+    net = nn.Sequential(built.conv(4, 8, 3), built.norm(8)).bfloat16()
+    exact = copy.deepcopy(net).double()
+    x = torch.randn(4, 4, 6, 6).bfloat16().requires_grad_()
+    wide = x.detach().double().requires_grad_()
+    y, expected = net(x), exact(wide)
+    torch.testing.assert_close(y.double(), expected, rtol=0.05, atol=0.05)
+    dy = torch.randn(y.shape).bfloat16()
+    y.backward(dy)
+    expected.backward(dy.double())
+    torch.testing.assert_close(x.grad.double(), wide.grad, rtol=0.1, atol=0.1)
 
 
 @pytest.mark.parametrize("name", sorted(set(names()) - {"none", "pws"}))
