@@ -226,7 +226,8 @@ class MABN2d(nn.Module):
         square = square.sum(1) / square.shape[1]  # (G, C)
         count = _imagenet if self.version == "imagenet" else _release
         chi, running, free, own = count(self, square, state)
-        state[2] += len(square)
+        tracked = state[2]
+        tracked += len(square)
         root = xp.sqrt(chi + self.eps)
         r = (root / xp.sqrt(running + self.eps)).clip(1 / 5, 5)
         inverse = 1 / root
