@@ -88,10 +88,6 @@ class EstimatedBatchNorm2d(nn.Module):
         running_var[...] = variances[-1]
         return num.tensor(means), num.tensor(1 / xp.sqrt(variances + self.eps))
 
-    def before_update(self) -> tuple[Tensor, Tensor, bool, float]:
-        """For a kernel that does the same: the estimates, that they are used, and the rate."""
-        return self.running_mean, self.running_var, True, self.rate
-
     def fold(self) -> nn.Module:
         """What it computes in evaluation, in PyTorch's own layers: see `norms/fold.py`."""
         return frozen_batch_norm(
@@ -221,13 +217,18 @@ class BatchChannelNorm2d(nn.Module):
         """scale and shift of y = scale * x + shift, (N, C); and, for the backward pass, mean and
         variance of every map, (N, C), center and inverse deviation of the batch norm, (G, C), and
         of the channel norm, (N, K). Moves the batch norm's state on."""
-        moments, images = m.moments(x), len(x)
+        bn, moments, images = self.bn, m.moments(x), len(x)
         parameters = (bn_weight, bn_bias, weight, bias)
-        groups = m.count_groups(x, self.bn.batch_size) if self.bn.training else 0
-        if groups == 1 and (kernels := _kernels(x, groups, self.num_groups)):
-            state = self.bn.before_update()
-            return kernels.bcn_forward(x, *moments, *parameters, *state, self.bn.eps, self.eps)
-        statistics = self.bn.statistics(*moments, x.shape[2] * x.shape[3])
+        groups = m.count_groups(x, bn.batch_size) if bn.training else 0
+        if groups and (kernels := _kernels(x, groups, self.num_groups)):
+            if isinstance(bn, EstimatedBatchNorm2d):
+                estimated, rate = True, bn.rate
+            else:
+                estimated, rate = False, bn.momentum
+                bn.num_batches_tracked += 1
+            state = (bn.running_mean, bn.running_var, estimated, rate, bn.eps, self.eps)
+            return kernels.bcn_forward(x, *moments, *parameters, *state)
+        statistics = bn.statistics(*moments, x.shape[2] * x.shape[3])
         xp, mean, var, center, inverse, scale, shift, gain, bias = num.arrays(
             *moments, *statistics, *parameters
         )

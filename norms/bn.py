@@ -71,12 +71,6 @@ class GhostBatchNorm2d(nn.BatchNorm2d):
         self.num_batches_tracked += len(mean)
         return num.tensor(mean), num.tensor(1 / xp.sqrt(var + self.eps))
 
-    def before_update(self) -> tuple[Tensor, Tensor, bool, float]:
-        """For a kernel that does the same with one group, all but this counter: the moving
-        statistics, that they are not used, and the rate."""
-        self.num_batches_tracked += 1
-        return self.running_mean, self.running_var, False, self.momentum
-
     def fold(self) -> nn.Module:
         """What it computes in evaluation, in PyTorch's own layers: see `norms/fold.py`."""
         return frozen_batch_norm(

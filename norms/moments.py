@@ -13,8 +13,8 @@ On a GPU each is a kernel of `norms/kernels.py`, in just those passes. On a CPU 
 PyTorch's kernels that are vectorized, as if every map were a channel or a group (`torch.var_mean`,
 and batch norm of contiguous images, add up one value after another there), which costs two things
 more than those passes: the kernel for the moments writes the normalized maps as well, which are
-thrown away, and dx is written in two steps. Everywhere else they are plain operations, which a
-compiler fuses.
+thrown away, and dx is written in two steps, unless all images are one group and it is batch norm's
+own gradient. Everywhere else they are plain operations, which a compiler fuses.
 """
 
 from functools import cache, lru_cache
@@ -228,8 +228,9 @@ def _one_group(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The gradients of x, weight and bias where all images are one group: batch norm's."""
     scale = promote(weight) if r is None else weight * r[0]
-    var = mean[0] if through else inverse[0].pow(-2)  # which batch norm only takes of the latter
-    state = (scale, mean[0], var, mean[0], inverse[0], through, 0.0, [True, True, True])
+    # Batch norm takes the statistics of the batch in training, those that move in evaluation.
+    moving = (None, None) if through else (mean[0], inverse[0].pow(-2))
+    state = (scale, *moving, mean[0], inverse[0], through, 0.0, [True, True, True])
     dx, dweight, dbias = _batch_norm_backward(dy, x, *state)
     if r is not None:
         dweight = dweight * r[0]

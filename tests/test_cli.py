@@ -254,11 +254,17 @@ def test_weights_lost_in_the_last_update_are_divergence_too(train):
 
 @pytest.mark.parametrize("norm", ["bn", "mabn", "bcn"])
 def test_ghost_and_accumulate_end_alike(train, norm):
-    """The loop's part of their being the same mathematics: the weighting of the parts. Not for many
-    updates: sooner or later rounding turns a ReLU, at the sixth of MABN's for a jump of 1e-3."""
+    """The loop's part of their being the same mathematics: the weighting of the parts. Not with
+    seed 0, in which an activation of MABN's is so near 0 that rounding turns its ReLU."""
     ends = []
     for protocol, forward in (("ghost", 16), ("ghost", 8), ("accumulate", 4)):
-        keys = ["protocol.sgd_batch=16", "batch=4", "recipe.updates=5", f"study={protocol}"]
+        keys = [
+            "protocol.sgd_batch=16",
+            "batch=4",
+            "recipe.updates=6",
+            "seed=1",
+            f"study={protocol}",
+        ]
         done = train(f"norm={norm}", f"protocol={protocol}", f"protocol.forward={forward}", *keys)
         assert done.status == 0, done.err
         folder = next(f for f in done.runs.glob(f"{protocol}/*") if f not in [e[0] for e in ends])
