@@ -12,6 +12,7 @@ import json
 import platform
 import random
 import re
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 
 import models
 import norms
+from norms import cpu_kernels
 from scripts.export import count_norms
 from training import device
 from training.files import write
@@ -98,7 +100,16 @@ def environment(where: torch.device) -> dict[str, Any]:
     model = re.search(r"model name\s*: (.*)", cpus)
     cpu = {"cpu": model[1] if model else platform.machine(), "threads": torch.get_num_threads()}
     gpu = {"gpu": torch.cuda.get_device_name(where)} if where.type == "cuda" else {}
-    return gpu | cpu | {"python": platform.python_version(), "torch": torch.__version__}
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    return gpu | cpu | versions | {"C compiler": c_compiler()}
+
+
+def c_compiler() -> str:
+    """Which one `norms/cpu_kernels.c` is compiled by: the first line of what it says of itself."""
+    if not (command := cpu_kernels.compiler()):
+        return "none"
+    said = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True)
+    return said.stdout.splitlines()[0]
 
 
 def markdown(result: dict[str, Any]) -> str:

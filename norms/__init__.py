@@ -38,7 +38,10 @@ __all__ = [
 ]
 
 # Files of this folder that are no method:
-_SHARED = {"convert", "fold", "kernels", "moments", "number_kernels", "numbers", "scheme"}
+_SHARED = {
+    *("convert", "cpu_kernels", "fold", "kernels", "moments", "number_kernels", "numbers"),
+    "scheme",
+}
 
 
 def names() -> list[str]:

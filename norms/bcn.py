@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from norms import cpu_kernels
 from norms import moments as m
 from norms import numbers as num
 from norms.bn import GhostBatchNorm2d
@@ -125,10 +126,38 @@ class _BatchChannelNorm(torch.autograd.Function):
         return m.combine(dy, a, x, b, c), *map(num.tensor, gradients), *(None,) * 9
 
 
+class _Compiled(torch.autograd.Function):
+    """The same, and `BatchChannelNorm2d.numbers` before it, where norms/cpu_kernels.c has them."""
+
+    @staticmethod
+    def forward(ctx, x, bn_weight, bn_bias, weight, through, *rest):
+        y, *kept = cpu_kernels.bcn_forward(x, bn_weight, bn_bias, weight, *rest)
+        ctx.save_for_backward(x, bn_weight, bn_bias, weight, *kept)
+        ctx.through = through
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        dx, dbn_weight, dbn_bias, *of_groups = cpu_kernels.bcn_backward(
+            dy, *ctx.saved_tensors, through=ctx.through
+        )
+        return dx, dbn_weight, dbn_bias, of_groups[0], None, of_groups[1], *(None,) * 7
+
+
 def _kernels(x: Tensor, groups: int, channel_groups: int) -> Any:
     """`norms.number_kernels` where they are for x, else None."""
     kernels = m.number_kernels(x, groups)
     return kernels if kernels and kernels.fits(len(x), x.shape[1] // channel_groups) else None
+
+
+def _estimated(bn: GhostBatchNorm2d | EstimatedBatchNorm2d, groups: int) -> tuple[bool, float]:
+    """For a kernel that moves its state on: whether it estimates, and its rate. Counts the groups
+    where that is state."""
+    if isinstance(bn, EstimatedBatchNorm2d):
+        return True, bn.rate
+    bn.num_batches_tracked += groups
+    return False, bn.momentum
 
 
 def _gradients(
@@ -206,6 +235,11 @@ class BatchChannelNorm2d(nn.Module):
         if through:
             m.check_variance(x, self.bn.batch_size)
         parameters = (self.bn.weight, self.bn.bias, self.weight, self.bias)
+        running = (self.bn.running_mean, self.bn.running_var)
+        if self.bn.training and cpu_kernels.take(x, *parameters, *running):
+            groups = m.count_groups(x, self.bn.batch_size)
+            options = (groups, *_estimated(self.bn, groups), self.bn.eps, self.eps)
+            return _Compiled.apply(x, *parameters[:3], through, self.bias, *running, *options)
         with torch.no_grad():
             scale, shift, *kept = self.numbers(x, *parameters)
         return _BatchChannelNorm.apply(x, *parameters, scale, shift, through, *kept)
@@ -221,12 +255,7 @@ class BatchChannelNorm2d(nn.Module):
         parameters = (bn_weight, bn_bias, weight, bias)
         groups = m.count_groups(x, bn.batch_size) if bn.training else 0
         if groups and (kernels := _kernels(x, groups, self.num_groups)):
-            if isinstance(bn, EstimatedBatchNorm2d):
-                estimated, rate = True, bn.rate
-            else:
-                estimated, rate = False, bn.momentum
-                bn.num_batches_tracked += 1
-            state = (bn.running_mean, bn.running_var, estimated, rate, bn.eps, self.eps)
+            state = (bn.running_mean, bn.running_var, *_estimated(bn, groups), bn.eps, self.eps)
             return kernels.bcn_forward(x, *moments, *parameters, *state)
         statistics = bn.statistics(*moments, x.shape[2] * x.shape[3])
         xp, mean, var, center, inverse, scale, shift, gain, bias = num.arrays(

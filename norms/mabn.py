@@ -39,6 +39,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from norms import cpu_kernels
 from norms import moments as m
 from norms import numbers as num
 from norms.numbers import Array
@@ -141,6 +142,23 @@ class _MABN(torch.autograd.Function):
         return dx, *map(num.tensor, gradients), None, None, None, None
 
 
+class _Compiled(torch.autograd.Function):
+    """The same, and `MABN2d.update` before it, where norms/cpu_kernels.c has them."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, window, *state_and_options):
+        y, *kept = cpu_kernels.mabn_forward(x, weight, bias, *state_and_options)
+        ctx.save_for_backward(x, weight, *kept)
+        ctx.window = window
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, *saved = ctx.saved_tensors
+        return *cpu_kernels.mabn_backward(dy, x, *saved, window=ctx.window), *(None,) * 8
+
+
 def _gradients(
     total: Array, product: Array, weight: Array, gain: Array, inverse: Array, own: Array,
     window: Array, *, n: int,
@@ -202,9 +220,14 @@ class MABN2d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         m.check_4d(x)
         if self.training:
-            return _MABN.apply(
-                x, self.weight, self.bias, *self.update(x.detach()), self.window_product
-            )
+            inputs, tracked = (x, self.weight, self.bias), self.num_batches_tracked
+            kept = (self.window_product, self.running_square, self.window_square, tracked)
+            if self.version == "release" and cpu_kernels.take(*inputs, *kept):
+                groups = m.count_groups(x, self.batch_size)
+                y = _Compiled.apply(*inputs, *kept, groups, self.warmup, self.momentum, self.eps)
+                tracked += groups
+                return y
+            return _MABN.apply(*inputs, *self.update(x.detach()), self.window_product)
         mean = torch.zeros_like(self.running_square)
         state = (mean, self.running_square, self.weight, self.bias)
         return F.batch_norm(x, *state, training=False, eps=self.eps)

@@ -9,12 +9,13 @@ is written: the passes of batch norm. Everything between is arithmetic on a few 
 and channel (`norms/numbers.py`), and these and x are all that is kept for the backward pass.
 
 `moments`, `mean_square`, `affine`, `sums` and `combine` are the functions that touch activations.
-On a GPU each is a kernel of `norms/kernels.py`, in just those passes. On a CPU they call those of
-PyTorch's kernels that are vectorized, as if every map were a channel or a group (`torch.var_mean`,
-and batch norm of contiguous images, add up one value after another there), which costs two things
-more than those passes: the kernel for the moments writes the normalized maps as well, which are
-thrown away, and dx is written in two steps, unless all images are one group and it is batch norm's
-own gradient. Everywhere else they are plain operations, which a compiler fuses.
+On a GPU each is a kernel of `norms/kernels.py`, on a CPU a function of `norms/cpu_kernels.c`, in
+just those passes. On a CPU without a C compiler they call those of PyTorch's kernels that are
+vectorized, as if every map were a channel or a group (`torch.var_mean`, and batch norm of
+contiguous images, add up one value after another there), which costs two things more than those
+passes: the kernel for the moments writes the normalized maps as well, which are thrown away, and dx
+is written in two steps, unless all images are one group and it is batch norm's own gradient.
+Everywhere else they are plain operations, which a compiler of PyTorch's fuses.
 """
 
 from functools import cache, lru_cache
@@ -24,6 +25,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from norms import cpu_kernels
 from norms.numbers import Array, arrays, eager, gather, plain, pool, quiet, spread, tensor
 
 _batch_norm_backward = torch.ops.aten.native_batch_norm_backward.default
@@ -55,8 +57,10 @@ def to_type(y: Tensor, x: Tensor) -> Tensor:
 
 
 def _kernels(x: Tensor) -> Any:
-    """`norms.kernels` where they are for x, else None."""
-    return _triton() if x.is_cuda and plain(x) and eager(x) else None
+    """`norms.kernels` or `norms.cpu_kernels` where they are for x, else None."""
+    if x.is_cuda:
+        return _triton() if plain(x) and eager(x) else None
+    return cpu_kernels if eager(x) and cpu_kernels.take(x) else None
 
 
 @cache
@@ -70,7 +74,7 @@ def _triton() -> Any:
 
 def number_kernels(x: Tensor, groups: int) -> Any:
     """`norms.number_kernels` where they are for x, of one group of images, else None."""
-    if groups > 1 or not _kernels(x):
+    if groups > 1 or _kernels(x) in (None, cpu_kernels):
         return None
     from norms import number_kernels
 
@@ -102,7 +106,7 @@ def _over_maps(values: Array) -> Tensor:
 def moments(x: Tensor) -> tuple[Array, Array]:
     """Mean and biased variance of every map: (N, C, H, W) -> (N, C), (N, C)."""
     if kernels := _kernels(x):
-        return kernels.moments(x)
+        return arrays(*kernels.moments(x))[1:]
     if _vectorized(x):
         n, c, h, w = x.shape
         one = _constants(c, x.dtype)[1]
@@ -121,7 +125,8 @@ def moments(x: Tensor) -> tuple[Array, Array]:
 def mean_square(x: Tensor) -> Array:
     """Mean of x^2 over every map: (N, C, H, W) -> (N, C)."""
     if kernels := _kernels(x):
-        return kernels.moments(x, centered=False)[1].mean(1)
+        square = kernels.moments(x, centered=False)[1]
+        return arrays(square.mean(1) if square.shape[1] > 1 else square.squeeze(1))[1]
     if _vectorized(x):
         square = torch.linalg.vector_norm(promote(x), dim=(2, 3)).square_()
         return arrays(square)[1] / (x.shape[2] * x.shape[3])
@@ -149,7 +154,7 @@ def sums(dy: Tensor, x: Tensor, center: Array | None = None, rows: int = 1) -> t
     rows = rows if center is None else len(center)
     if kernels := _kernels(x):
         both = kernels.sums(dy, x, tensor(center)).view(2, rows, -1, x.shape[1])
-        return (both.sum(2) if both.shape[2] > 1 else both.squeeze(2)).unbind()
+        return arrays(*(both.sum(2) if both.shape[2] > 1 else both.squeeze(2)))[1:]
     shape, last = (rows, x.shape[1]), rows == 1 and _vectorized(x, torch.channels_last)
     layout = torch.channels_last if last else torch.contiguous_format
     if (last or _vectorized(x)) and dy.is_contiguous(memory_format=layout):

@@ -4,7 +4,8 @@ A step of MABN has some forty operations of it, of BCN seventy. PyTorch takes lo
 on a CPU than to pass over the activations where maps are small; NumPy starts its own in a fifth of
 the time. So the layers write such arithmetic once, for both, in the names that `torch` and `numpy`
 share (the Python array API standard): `arrays` gives the namespace and, on a CPU, NumPy arrays in
-the memory of the tensors. For GPUs see also `norms/number_kernels.py`.
+the memory of the tensors. MABN and BCN have it in C as well, `norms/cpu_kernels.c`, and for GPUs in
+`norms/number_kernels.py`.
 
 Shapes: (N, C) for images, (G, C) for groups of images that share statistics, in order.
 """

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from norms import cpu_kernels
 from norms import moments as m
 from norms import numbers as num
 from norms.gn import check_groups, group_norm
@@ -80,6 +81,25 @@ class _Standardize(torch.autograd.Function):
         return as_filters(m.to_type(dx, weight), weight), None, None
 
 
+class _Compiled(torch.autograd.Function):
+    """The same where norms/cpu_kernels.c has it."""
+
+    @staticmethod
+    def forward(ctx, weight, eps, unbiased):
+        y, *kept = cpu_kernels.standardize(as_rows(weight), eps, unbiased)
+        ctx.save_for_backward(weight, *kept)
+        return as_filters(y, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        weight, *kept = ctx.saved_tensors
+        if not weight.is_contiguous():
+            dy = dy.permute(0, 2, 3, 1)
+        dx = cpu_kernels.standardize_backward(dy, as_rows(weight), *kept)
+        return as_filters(dx, weight), None, None
+
+
 class WSConv2d(nn.Conv2d):
     """`nn.Conv2d` whose weights are standardized, the same in training and evaluation.
 
@@ -106,7 +126,9 @@ class WSConv2d(nn.Conv2d):
     def standardized(self) -> Tensor:
         """The weights that the convolution uses."""
         if not self.eps_inside:
-            return _Standardize.apply(self.weight, self.eps, self.unbiased)
+            compiled = cpu_kernels.take(as_rows(self.weight))
+            function = _Compiled if compiled else _Standardize
+            return function.apply(self.weight, self.eps, self.unbiased)
         if not self.unbiased:
             return standardize(self.weight, self.eps)
         # sqrt(var n / (n - 1) + eps) = sqrt(n / (n - 1)) sqrt(var + eps (n - 1) / n)

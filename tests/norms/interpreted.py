@@ -8,7 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import norms
-from norms import kernels, number_kernels, numbers
+from norms import cpu_kernels, kernels, number_kernels, numbers
 from norms import moments as m
 from tests.norms.test_layers import randomize
 
@@ -18,6 +18,7 @@ kernels.TILE, kernels.PROGRAMS, number_kernels.TILE = 256, 8, 64  # interpreting
 @pytest.fixture(autouse=True)
 def _as_on_a_gpu(monkeypatch):
     """Kernels for the passes, PyTorch for the arithmetic between."""
+    monkeypatch.setattr(cpu_kernels, "take", lambda *tensors: False)
     monkeypatch.setattr(m, "_kernels", lambda x: kernels)
     monkeypatch.setattr(numbers, "TYPES", set())
 

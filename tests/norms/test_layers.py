@@ -19,6 +19,7 @@ from norms import (
     PWSConv2d,
     WSConv2d,
     build,
+    cpu_kernels,
     names,
     numbers,
 )
@@ -28,10 +29,14 @@ from tests.norms import literal
 pytestmark = pytest.mark.usefixtures("as_default")
 
 
-@pytest.fixture(autouse=True, scope="module", params=["numpy", "torch"])
+@pytest.fixture(autouse=True, scope="module", params=["c", "numpy", "torch"])
 def _arithmetic(request):
-    """Of the numbers per channel: on a CPU it is NumPy's, elsewhere PyTorch's."""
+    """On a CPU in C or, without a compiler, the numbers per channel by NumPy; elsewhere PyTorch."""
     with pytest.MonkeyPatch.context() as patch:
+        if request.param != "c":
+            patch.setattr(cpu_kernels, "take", lambda *tensors: False)
+        elif not cpu_kernels.compiler():
+            pytest.skip("no C compiler")
         if request.param == "torch":
             patch.setattr(numbers, "TYPES", set())
         yield
