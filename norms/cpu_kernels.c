@@ -477,14 +477,17 @@ void standardize(const REAL *x, REAL *y, REAL *mean, REAL *by, REAL *slope, inte
                  integer size, integer less, double eps, integer threads) {
   const layout l = {filters, size, false};
 #pragma omp parallel for num_threads(threads)
-  for (integer f = 0; f < filters; f++) {
-    REAL var, shift;
-    moments_of(l, 1, x + f * size, mean + f, &var);
-    const double std = sqrt((double)var * size / (size - less)), below = std + eps;
-    by[f] = 1 / below;
-    slope[f] = std > 0 ? 1 / (below * below * std * (size - less)) : 0;
-    shift = -mean[f] * by[f];
-    affine_of(l, 1, x + f * size, by + f, &shift, y + f * size);
+  for (integer f = 0; f < filters; f += FEW) {
+    const integer count = least(FEW, filters - f);
+    REAL var[FEW], shift[FEW];
+    moments_of(l, count, x + f * size, mean + f, var);
+    for (integer i = 0; i < count; i++) {
+      const double std = sqrt((double)var[i] * size / (size - less)), below = std + eps;
+      by[f + i] = 1 / below;
+      slope[f + i] = std > 0 ? 1 / (below * below * std * (size - less)) : 0;
+      shift[i] = -mean[f + i] * by[f + i];
+    }
+    affine_of(l, count, x + f * size, by + f, shift, y + f * size);
   }
 }
 
@@ -493,10 +496,15 @@ void standardize_backward(const REAL *dy, const REAL *x, const REAL *mean, const
                           integer threads) {
   const layout l = {filters, size, false};
 #pragma omp parallel for num_threads(threads)
-  for (integer f = 0; f < filters; f++) {
-    double total, product;
-    sums_of(l, 1, dy + f * size, x + f * size, mean + f, &total, &product);
-    const REAL b = -slope[f] * product, shift = -by[f] * (total / size) - b * mean[f];
-    combine_of(l, 1, dy + f * size, by + f, x + f * size, &b, &shift, dx + f * size);
+  for (integer f = 0; f < filters; f += FEW) {
+    const integer count = least(FEW, filters - f);
+    double total[FEW], product[FEW];
+    REAL b[FEW], shift[FEW];
+    sums_of(l, count, dy + f * size, x + f * size, mean + f, total, product);
+    for (integer i = 0; i < count; i++) {
+      b[i] = -slope[f + i] * product[i];
+      shift[i] = -by[f + i] * (total[i] / size) - b[i] * mean[f + i];
+    }
+    combine_of(l, count, dy + f * size, by + f, x + f * size, b, shift, dx + f * size);
   }
 }

@@ -63,7 +63,9 @@ def build(real: str) -> Path | None:
     processor = {line for line in told if line.startswith(("flags", "Features"))}
     made_of = [SOURCE.read_text(), *command, *sorted(processor)]
     name = hashlib.sha256("\n".join(made_of).encode()).hexdigest()[:16]
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "smallbatch")
+    folder = Path(
+        os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "smallbatch", "kernels"
+    )
     target = folder / f"{name}.so"
     if not target.exists():
         folder.mkdir(parents=True, exist_ok=True)

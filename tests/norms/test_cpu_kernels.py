@@ -169,7 +169,7 @@ def fresh(tmp_path, monkeypatch):
 @compiled
 def test_it_is_compiled_once(fresh, monkeypatch):
     assert cpu_kernels.library(torch.float32) is not None
-    [built] = (fresh / "cache" / "smallbatch").iterdir()
+    [built] = (fresh / "cache" / "smallbatch" / "kernels").iterdir()
 
     def run(*args, **kwargs):
         raise AssertionError("compiled again")
