@@ -17,10 +17,15 @@ typedef struct {
   bool last;
 } layout;
 
-/* Values that are added up in REAL; channels that are computed together, contiguous and last. */
-enum { BLOCK = 1024, FEW = 8, WIDE = 16 };
+/* Values that are added up in REAL, a multiple of 4; channels that are computed together. */
+enum { BLOCK = 1024, FEW = 8 };
 
 static integer least(integer a, integer b) { return a < b ? a : b; }
+
+/* Channels-last, a thread's whole share of them: memory is read as it lies. */
+static integer together(layout l, integer threads) {
+  return l.last ? ((l.C + threads - 1) / threads + 15) / 16 * 16 : FEW;
+}
 
 /* Where channel c of image n begins. */
 static integer at(layout l, integer n, integer c) {
@@ -29,170 +34,140 @@ static integer at(layout l, integer n, integer c) {
 
 /* --- `count` channels of an image, from its pointers on ------------------------------------------
  *
- * Contiguous, each channel by itself; channels-last, WIDE of them side by side. The latter are
- * functions of their own, which know `wide` when they are compiled. */
+ * Contiguous, one channel after another; channels-last side by side, four positions at a time. */
 
-#define EACH_BLOCK for (integer start = 0, end; start < l.size; start += BLOCK)
-#define SIDE_BY_SIDE(function, ...)                                       \
-  for (integer i = 0; i < count; i += WIDE) {                             \
-    if (count - i >= WIDE)                                                \
-      function(l, i, WIDE, __VA_ARGS__);                                  \
-    else                                                                  \
-      function(l, i, count - i, __VA_ARGS__);                             \
-  }
-#define INLINE static inline __attribute__((always_inline)) void
-
-INLINE sums_last(layout l, integer from, integer wide, const REAL *dy, const REAL *x,
-                 const REAL *center, double *total, double *product) {
-  for (integer i = 0; i < wide; i++) total[from + i] = product[from + i] = 0;
-  EACH_BLOCK {
-    REAL first[WIDE] = {0}, second[WIDE] = {0};
-    end = least(start + BLOCK, l.size);
-    for (integer p = start; p < end; p++) {
-      const REAL *g = dy + p * l.C + from, *v = x + p * l.C + from;
-#pragma omp simd
-      for (integer i = 0; i < wide; i++) {
-        first[i] += g[i];
-        second[i] += g[i] * (v[i] - center[from + i]);
-      }
-    }
-    for (integer i = 0; i < wide; i++) {
-      total[from + i] += first[i];
-      product[from + i] += second[i];
-    }
-  }
-}
-
-/* The sums of dy and of dy * (x - center). */
-static void sums_of(layout l, integer count, const REAL *dy, const REAL *x, const REAL *center,
-                    double *total, double *product) {
-  if (l.last) {
-    SIDE_BY_SIDE(sums_last, dy, x, center, total, product)
-    return;
-  }
-  for (integer c = 0; c < count; c++, dy += l.size, x += l.size) {
-    total[c] = product[c] = 0;
-    EACH_BLOCK {
-      REAL first = 0, second = 0;
-      end = least(start + BLOCK, l.size);
-#pragma omp simd reduction(+ : first, second)
-      for (integer p = start; p < end; p++) {
-        first += dy[p];
-        second += dy[p] * (x[p] - center[c]);
-      }
-      total[c] += first;
-      product[c] += second;
-    }
-  }
-}
-
-INLINE squares_last(layout l, integer from, integer wide, const REAL *x, const REAL *center,
-                    double *square) {
-  for (integer i = 0; i < wide; i++) square[from + i] = 0;
-  EACH_BLOCK {
-    REAL part[WIDE] = {0};
-    end = least(start + BLOCK, l.size);
-    for (integer p = start; p < end; p++) {
-      const REAL *v = x + p * l.C + from;
-#pragma omp simd
-      for (integer i = 0; i < wide; i++)
-        part[i] += (v[i] - center[from + i]) * (v[i] - center[from + i]);
-    }
-    for (integer i = 0; i < wide; i++) square[from + i] += part[i];
-  }
-}
+#define EACH_BLOCK \
+  for (integer start = 0, end; end = least(start + BLOCK, l.size), start < l.size; start += BLOCK)
 
 /* The sum of (x - center)^2. */
 static void squares_of(layout l, integer count, const REAL *x, const REAL *center, double *square) {
-  if (l.last) {
-    SIDE_BY_SIDE(squares_last, x, center, square)
-    return;
-  }
-  for (integer c = 0; c < count; c++, x += l.size) {
-    square[c] = 0;
-    EACH_BLOCK {
-      REAL part = 0;
-      end = least(start + BLOCK, l.size);
-#pragma omp simd reduction(+ : part)
-      for (integer p = start; p < end; p++) part += (x[p] - center[c]) * (x[p] - center[c]);
-      square[c] += part;
-    }
-  }
-}
-
-INLINE values_last(layout l, integer from, integer wide, const REAL *x, double *total) {
-  for (integer i = 0; i < wide; i++) total[from + i] = 0;
-  EACH_BLOCK {
-    REAL part[WIDE] = {0};
-    end = least(start + BLOCK, l.size);
-    for (integer p = start; p < end; p++) {
+  const integer C = l.C;
+  REAL part[count];
+  for (integer c = 0; c < count; c++) square[c] = 0;
+  if (l.last) EACH_BLOCK {
+    for (integer c = 0; c < count; c++) part[c] = 0;
+    integer p = start;
+    for (; p + 4 <= end; p += 4) {
+      const REAL *v = x + p * C;
 #pragma omp simd
-      for (integer i = 0; i < wide; i++) part[i] += x[p * l.C + from + i];
+      for (integer c = 0; c < count; c++) {
+        const REAL a = v[c] - center[c], b = v[c + C] - center[c];
+        const REAL d = v[c + 2 * C] - center[c], e = v[c + 3 * C] - center[c];
+        part[c] += (a * a + b * b) + (d * d + e * e);
+      }
     }
-    for (integer i = 0; i < wide; i++) total[from + i] += part[i];
+    for (; p < end; p++) {
+#pragma omp simd
+      for (integer c = 0; c < count; c++)
+        part[c] += (x[p * C + c] - center[c]) * (x[p * C + c] - center[c]);
+    }
+    for (integer c = 0; c < count; c++) square[c] += part[c];
+  }
+  else for (integer c = 0; c < count; c++, x += l.size) EACH_BLOCK {
+    REAL own = 0;
+#pragma omp simd reduction(+ : own)
+    for (integer p = start; p < end; p++) own += (x[p] - center[c]) * (x[p] - center[c]);
+    square[c] += own;
   }
 }
 
 /* Mean and biased variance. */
 static void moments_of(layout l, integer count, const REAL *x, REAL *mean, REAL *var) {
+  const integer C = l.C;
   double total[count];
-  if (l.last) {
-    SIDE_BY_SIDE(values_last, x, total)
-  } else {
-    for (integer c = 0; c < count; c++) {
-      total[c] = 0;
-      EACH_BLOCK {
-        REAL part = 0;
-        end = least(start + BLOCK, l.size);
-#pragma omp simd reduction(+ : part)
-        for (integer p = start; p < end; p++) part += x[c * l.size + p];
-        total[c] += part;
-      }
+  REAL part[count];
+  for (integer c = 0; c < count; c++) total[c] = 0;
+  if (l.last) EACH_BLOCK {
+    for (integer c = 0; c < count; c++) part[c] = 0;
+    integer p = start;
+    for (; p + 4 <= end; p += 4) {
+      const REAL *v = x + p * C;
+#pragma omp simd
+      for (integer c = 0; c < count; c++)
+        part[c] += (v[c] + v[c + C]) + (v[c + 2 * C] + v[c + 3 * C]);
     }
+    for (; p < end; p++) {
+#pragma omp simd
+      for (integer c = 0; c < count; c++) part[c] += x[p * C + c];
+    }
+    for (integer c = 0; c < count; c++) total[c] += part[c];
+  }
+  else for (integer c = 0; c < count; c++) EACH_BLOCK {
+    REAL own = 0;
+#pragma omp simd reduction(+ : own)
+    for (integer p = start; p < end; p++) own += x[c * l.size + p];
+    total[c] += own;
   }
   for (integer c = 0; c < count; c++) mean[c] = total[c] / l.size;
   squares_of(l, count, x, mean, total);
   for (integer c = 0; c < count; c++) var[c] = total[c] / l.size;
 }
 
-INLINE affine_last(layout l, integer from, integer wide, const REAL *x, const REAL *scale,
-                   const REAL *shift, REAL *y) {
-  for (integer p = from; p < l.size * l.C; p += l.C) {
+/* The sums of dy and of dy * (x - center). */
+static void sums_of(layout l, integer count, const REAL *dy, const REAL *x, const REAL *center,
+                    double *total, double *product) {
+  const integer C = l.C;
+  REAL first[count], second[count];
+  for (integer c = 0; c < count; c++) total[c] = product[c] = 0;
+  if (l.last) EACH_BLOCK {
+    for (integer c = 0; c < count; c++) first[c] = second[c] = 0;
+    integer p = start;
+    for (; p + 4 <= end; p += 4) {
+      const REAL *g = dy + p * C, *v = x + p * C;
 #pragma omp simd
-    for (integer i = 0; i < wide; i++) y[p + i] = scale[from + i] * x[p + i] + shift[from + i];
+      for (integer c = 0; c < count; c++) {
+        const REAL a = g[c], b = g[c + C], d = g[c + 2 * C], e = g[c + 3 * C];
+        first[c] += (a + b) + (d + e);
+        second[c] += (a * (v[c] - center[c]) + b * (v[c + C] - center[c])) +
+                     (d * (v[c + 2 * C] - center[c]) + e * (v[c + 3 * C] - center[c]));
+      }
+    }
+    for (; p < end; p++) {
+#pragma omp simd
+      for (integer c = 0; c < count; c++) {
+        first[c] += dy[p * C + c];
+        second[c] += dy[p * C + c] * (x[p * C + c] - center[c]);
+      }
+    }
+    for (integer c = 0; c < count; c++) {
+      total[c] += first[c];
+      product[c] += second[c];
+    }
+  }
+  else for (integer c = 0; c < count; c++, dy += l.size, x += l.size) EACH_BLOCK {
+    REAL one = 0, two = 0;
+#pragma omp simd reduction(+ : one, two)
+    for (integer p = start; p < end; p++) {
+      one += dy[p];
+      two += dy[p] * (x[p] - center[c]);
+    }
+    total[c] += one;
+    product[c] += two;
   }
 }
 
 /* y = scale * x + shift */
 static void affine_of(layout l, integer count, const REAL *x, const REAL *scale, const REAL *shift,
                       REAL *y) {
-  if (l.last) {
-    SIDE_BY_SIDE(affine_last, x, scale, shift, y)
-    return;
+  if (l.last) for (integer p = 0; p < l.size * l.C; p += l.C) {
+#pragma omp simd
+    for (integer c = 0; c < count; c++) y[p + c] = scale[c] * x[p + c] + shift[c];
   }
-  for (integer c = 0; c < count; c++, x += l.size, y += l.size) {
+  else for (integer c = 0; c < count; c++, x += l.size, y += l.size) {
 #pragma omp simd
     for (integer p = 0; p < l.size; p++) y[p] = scale[c] * x[p] + shift[c];
-  }
-}
-
-INLINE combine_last(layout l, integer from, integer wide, const REAL *dy, const REAL *a,
-                    const REAL *x, const REAL *b, const REAL *shift, REAL *dx) {
-  for (integer p = from; p < l.size * l.C; p += l.C) {
-#pragma omp simd
-    for (integer i = 0; i < wide; i++)
-      dx[p + i] = a[from + i] * dy[p + i] + (b[from + i] * x[p + i] + shift[from + i]);
   }
 }
 
 /* dx = a * dy + b * x + shift */
 static void combine_of(layout l, integer count, const REAL *dy, const REAL *a, const REAL *x,
                        const REAL *b, const REAL *shift, REAL *dx) {
-  if (l.last) {
-    SIDE_BY_SIDE(combine_last, dy, a, x, b, shift, dx)
-    return;
+  if (l.last) for (integer p = 0; p < l.size * l.C; p += l.C) {
+#pragma omp simd
+    for (integer c = 0; c < count; c++)
+      dx[p + c] = a[c] * dy[p + c] + (b[c] * x[p + c] + shift[c]);
   }
-  for (integer c = 0; c < count; c++, dy += l.size, x += l.size, dx += l.size) {
+  else for (integer c = 0; c < count; c++, dy += l.size, x += l.size, dx += l.size) {
 #pragma omp simd
     for (integer p = 0; p < l.size; p++) dx[p] = a[c] * dy[p] + (b[c] * x[p] + shift[c]);
   }
@@ -202,7 +177,7 @@ static void combine_of(layout l, integer count, const REAL *dy, const REAL *a, c
 
 #define EACH_FEW                                        \
   const layout l = {C, size, last};                     \
-  const integer few = last ? WIDE : FEW;                \
+  const integer few = together(l, threads);             \
   _Pragma("omp parallel for collapse(2) num_threads(threads)") \
   for (integer n = 0; n < N; n++)                       \
     for (integer c = 0; c < C; c += few)
@@ -221,7 +196,7 @@ void sums(const REAL *dy, const REAL *x, const REAL *center, REAL *total, REAL *
           integer C, integer size, integer last, integer rows, integer threads) {
   EACH_FEW {
     const integer count = least(few, C - c), from = at(l, n, c);
-    double first[WIDE], second[WIDE];
+    double first[count], second[count];
     sums_of(l, count, dy + from, x + from, center + n * rows + c, first, second);
     for (integer i = 0; i < count; i++) {
       total[n * C + c + i] = first[i];
@@ -245,18 +220,20 @@ void combine(const REAL *dy, const REAL *a, const REAL *x, const REAL *b, const 
 
 /* --- MABN2d in training, the release version: G groups of N images, one after another ------------ */
 
-static const REAL zeros[WIDE];
-
 /* Moves `count` columns of a (rows, C) window on by as many values, and gives the columns' means
  * instead of these, unless `alone`. */
 static void push(REAL *window, integer C, integer rows, REAL *values, integer count, bool alone) {
-  for (integer i = 0; i < count; i++) {
-    REAL total = values[i];
-    for (integer r = 0; r < rows - 1; r++)
-      total += window[r * C + i] = window[(r + 1) * C + i];
-    window[(rows - 1) * C + i] = values[i];
-    if (!alone) values[i] = total / rows;
+  REAL total[count];
+  for (integer i = 0; i < count; i++) total[i] = values[i];
+  for (integer r = 0; r < rows; r++) {
+    REAL *row = window + r * C;
+    const REAL *next = r < rows - 1 ? row + C : values;
+    for (integer i = 0; i < count; i++) {
+      row[i] = next[i];
+      if (r < rows - 1) total[i] += next[i];
+    }
   }
+  for (integer i = 0; i < count && !alone; i++) values[i] = total[i] / rows;
 }
 
 /* gain = r / sqrt(chi_bar + eps) and inverse = 1 / sqrt(chi_bar + eps): (G, C); own: (G). */
@@ -265,16 +242,18 @@ void mabn_forward(const REAL *x, const REAL *weight, const REAL *bias, REAL *run
                   integer N, integer C, integer size, integer last, integer rows, integer until_own,
                   integer until_free, double momentum, double eps, integer threads) {
   const layout l = {C, size, last};
-  const integer few = last ? WIDE : FEW;
+  const integer few = together(l, threads);
   for (integer g = 0; g < G; g++) own[g] = *tracked + g + 1 < until_own;
 #pragma omp parallel for num_threads(threads)
   for (integer c = 0; c < C; c += few) {
     const integer count = least(few, C - c);
+    REAL zeros[count], chi[count], scale[count];
+    double square[count];
+    for (integer i = 0; i < count; i++) zeros[i] = 0;
     for (integer g = 0; g < G; g++) {
       const bool free = *tracked + g + 1 > until_free;
-      REAL chi[WIDE] = {0}, scale[WIDE];
+      for (integer i = 0; i < count; i++) chi[i] = 0;
       for (integer n = g * N; n < g * N + N; n++) {
-        double square[WIDE];
         squares_of(l, count, x + at(l, n, c), zeros, square);
         for (integer i = 0; i < count; i++) chi[i] += square[i] / (N * size);
       }
@@ -300,15 +279,16 @@ void mabn_backward(const REAL *dy, const REAL *x, const REAL *weight, const REAL
                    REAL *dbias, integer G, integer N, integer C, integer size, integer last,
                    integer rows, integer threads) {
   const layout l = {C, size, last};
-  const integer few = last ? WIDE : FEW;
+  const integer few = together(l, threads);
 #pragma omp parallel for num_threads(threads)
   for (integer c = 0; c < C; c += few) {
     const integer count = least(few, C - c);
-    for (integer i = c; i < c + count; i++) dweight[i] = dbias[i] = 0;
+    REAL zeros[count], product[count], a[count], b[count];
+    double first[count], second[count];
+    for (integer i = 0; i < count; i++) zeros[i] = dweight[c + i] = dbias[c + i] = 0;
     for (integer g = 0; g < G; g++) {
-      REAL product[WIDE] = {0}, a[WIDE], b[WIDE];
+      for (integer i = 0; i < count; i++) product[i] = 0;
       for (integer n = g * N; n < g * N + N; n++) {
-        double first[WIDE], second[WIDE];
         sums_of(l, count, dy + at(l, n, c), x + at(l, n, c), zeros, first, second);
         for (integer i = 0; i < count; i++) {
           dbias[c + i] += first[i];
@@ -336,7 +316,7 @@ void mabn_backward(const REAL *dy, const REAL *x, const REAL *weight, const REAL
 
 #define EACH_FEW_GROUPS                                                              \
   const layout l = {C, size, last};                                                  \
-  const integer S = C / K, few = last && S < WIDE ? WIDE / S : 1;                    \
+  const integer S = C / K, few = last ? (K + threads - 1) / threads : 1;             \
   _Pragma("omp parallel for num_threads(threads)") for (integer k = 0; k < K; k += few)
 
 /* mean, var: (G * N, C), of every map; center, inverse: (G, C), the batch norm's; z_mean, z_inverse:
