@@ -85,7 +85,7 @@ def library(dtype: torch.dtype) -> Any:
     try:
         path = build(REAL[dtype])
         loaded = path and ctypes.CDLL(str(path))
-    except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
+    except (OSError, RuntimeError, ValueError, subprocess.CalledProcessError) as error:
         said = getattr(error, "stderr", None) or str(error)
         why = next((line for line in said.splitlines() if "error" in line), said.strip())
         warnings.warn(
