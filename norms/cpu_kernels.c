@@ -4,8 +4,8 @@
  *
  * Images are (N, C, H, W), N * C maps of `size` values, contiguous or, `last`, channels-last. Sums
  * are taken in REAL, BLOCK values at a time, and added up in double; none is taken across threads,
- * so that their number changes no bit of a result. The layers are computed a few channels at a time,
- * whose values are still in the cache when they are read again. */
+ * so that their number changes no bit of a result. Contiguous, the layers are computed a few channels
+ * at a time, whose values are still in the cache when they are read again. */
 
 #include <stdbool.h>
 #include <stdint.h>
@@ -263,7 +263,7 @@ void mabn_forward(const REAL *x, const REAL *weight, const REAL *bias, REAL *run
         const REAL root = sqrt(chi[i] + (REAL)eps);
         REAL r = root / sqrt(running[c + i] + (REAL)eps);
         r = r < (REAL)0.2 ? (REAL)0.2 : r > 5 ? 5 : r; /* which leaves NaN */
-        running[c + i] = chi[i] + (REAL)momentum * (running[c + i] - chi[i]);
+        running[c + i] += (REAL)(1 - momentum) * (chi[i] - running[c + i]);
         inverse[to] = 1 / root;
         gain[to] = free ? r / root : inverse[to];
         scale[i] = weight[c + i] * gain[to];
@@ -343,8 +343,8 @@ void bcn_forward(const REAL *x, const REAL *bn_weight, const REAL *bn_bias, cons
         }
         spread /= N;
         const REAL step = own - running_mean[s];
-        const REAL moved =
-            estimated ? spread + step * step : spread * (N * size) / (N * size - 1); /* unbiased */
+        const REAL unbiased = (double)(N * size) / (N * size - 1);
+        const REAL moved = estimated ? spread + step * step : spread * unbiased;
         running_mean[s] += (REAL)rate * step;
         running_var[s] += (REAL)rate * (moved - running_var[s]);
         middle[s] = estimated ? running_mean[s] : own;
@@ -403,8 +403,8 @@ void bcn_backward(const REAL *dy, const REAL *x, const REAL *bn_weight, const RE
           REAL db = 0, dw = 0;
           for (integer s = j * S; s < j * S + S; s++) {
             const integer m = n * C + s;
-            const REAL p = bn_weight[s] * by[s] * zi; /* y = weight * u + bias */
-            const REAL q = (mean[m] - middle[s]) * p + (bn_bias[s] - z_mean[n * K + j]) * zi;
+            const REAL w = bn_weight[s] * by[s], p = w * zi; /* y = weight * u + bias */
+            const REAL q = ((mean[m] - middle[s]) * w + bn_bias[s] - z_mean[n * K + j]) * zi;
             db += total[s - c];
             dw += p * product[s - c] + q * total[s - c]; /* u = (x - mean) * p + q */
             b[m] = p;
@@ -428,8 +428,8 @@ void bcn_backward(const REAL *dy, const REAL *x, const REAL *bn_weight, const RE
       for (integer s = c; s < to; s++) {
         dbn_bias[s] += dz[s - c];
         dbn_weight[s] += dzx[s - c] * by[s];
-        dz[s - c] *= through ? -1.0 / (N * size) : 0;
-        dzx[s - c] *= through ? -by[s] * by[s] / (N * size) : 0;
+        dz[s - c] = through ? -dz[s - c] / (N * size) : 0;
+        dzx[s - c] = through ? -dzx[s - c] * by[s] * by[s] / (N * size) : 0;
       }
       for (integer n = g * N; n < g * N + N; n++) {
         for (integer s = c; s < to; s++) {

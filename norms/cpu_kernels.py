@@ -4,7 +4,7 @@ cpu_kernels.c is compiled when it is first needed, in a second, for this process
 user's cache folder ($XDG_CACHE_HOME, else ~/.cache). That takes Linux and a C compiler with OpenMP:
 `cc`, or what the environment names in CC. Without, or with CC set to nothing, layers make do with
 what PyTorch and NumPy have, in more time; results differ by rounding. Images are of float32 or
-float64, contiguous or channels-last, and their numbers of the same type; all else is PyTorch's.
+float64, contiguous or channels-last; all else is PyTorch's.
 """
 
 import ctypes
@@ -30,6 +30,7 @@ SOURCE = Path(__file__).with_suffix(".c")
 REAL = {torch.float32: "float", torch.float64: "double"}
 FLAGS = "-O3 -march=native -fopenmp -fno-math-errno -fPIC -shared"
 GRAIN = 32768  # elements that are worth a second thread, as in PyTorch
+CHANNELS = 16384  # that have room on a thread's stack
 
 # How many pointers, whole numbers and fractions each takes, in this order; `threads` comes last.
 FUNCTIONS = {
@@ -79,22 +80,9 @@ def build(real: str) -> Path | None:
     return target
 
 
-@cache
-def library(dtype: torch.dtype) -> Any:
-    """The compiled functions for numbers of this type, or None."""
-    try:
-        path = build(REAL[dtype])
-        loaded = path and ctypes.CDLL(str(path))
-    except (OSError, RuntimeError, ValueError, subprocess.CalledProcessError) as error:
-        said = getattr(error, "stderr", None) or str(error)
-        why = next((line for line in said.splitlines() if "error" in line), said.strip())
-        warnings.warn(
-            f"norms/cpu_kernels.c: not compiled, so that layers take longer on this CPU ({why}); "
-            f"CC= in the environment does without it",
-            stacklevel=2,
-        )
-        return None
-    for name, (pointers, whole, fractions) in FUNCTIONS.items() if loaded else ():
+def _load(path: Path) -> ctypes.CDLL:
+    loaded = ctypes.CDLL(str(path))
+    for name, (pointers, whole, fractions) in FUNCTIONS.items():
         function = getattr(loaded, name)
         function.restype = None
         function.argtypes = [
@@ -106,6 +94,26 @@ def library(dtype: torch.dtype) -> Any:
     return loaded
 
 
+@cache
+def library(dtype: torch.dtype) -> Any:
+    """The compiled functions for numbers of this type, or None."""
+    try:
+        path = build(REAL[dtype])
+        return _load(path) if path else None
+    except (
+        *(OSError, RuntimeError, ValueError, AttributeError),
+        subprocess.CalledProcessError,
+    ) as error:
+        said = getattr(error, "stderr", None) or str(error)
+        why = next((line for line in said.splitlines() if "error" in line), said.strip())
+        warnings.warn(
+            f"norms/cpu_kernels.c: not in use, so layers take longer on this CPU ({why}); "
+            f"CC= in the environment does without it",
+            stacklevel=2,
+        )
+        return None
+
+
 def take(x: Tensor, *numbers: Tensor) -> bool:
     """Whether the functions are there for these images and numbers, and nothing follows them."""
     return (
@@ -114,6 +122,9 @@ def take(x: Tensor, *numbers: Tensor) -> bool:
         and not recorded()
         and (x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last))
         and plain(x)
+        and not x.is_neg()
+        and x.numel() > 0
+        and x.shape[1] <= CHANNELS
         and all(_is_like(v, x) for v in numbers)
         and library(x.dtype) is not None
     )
@@ -121,8 +132,14 @@ def take(x: Tensor, *numbers: Tensor) -> bool:
 
 def _is_like(v: Tensor, x: Tensor) -> bool:
     """Counters and flags have a type of their own."""
-    own = v.dtype == x.dtype or not v.is_floating_point()
+    own = v.dtype == x.dtype or v.dtype == torch.int64
     return own and v.is_cpu and v.is_contiguous() and plain(v)
+
+
+def _check(x: Tensor, *numbers: Tensor) -> None:
+    for v in numbers:
+        if v.shape[-1] != x.shape[1]:
+            raise ValueError(f"expected {v.shape[-1]} channels, got images of {x.shape[1]}")
 
 
 def _call(name: str, x: Tensor, tensors: Sequence[Tensor | None], *values: float) -> None:
@@ -140,9 +157,14 @@ def _sizes(x: Tensor, groups: int = 0) -> tuple[int, ...]:
 
 def _as_x(dy: Tensor, x: Tensor) -> Tensor:
     """dy in a memory like that of x."""
-    return (
-        dy.contiguous() if x.is_contiguous() else dy.contiguous(memory_format=torch.channels_last)
-    )
+    layout = torch.contiguous_format if x.is_contiguous() else torch.channels_last
+    return dy.resolve_neg().contiguous(memory_format=layout)
+
+
+def _unpacked(x: Tensor, saved: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """What was saved for the backward pass, which a hook may have laid out in another way."""
+    x = x if x.is_contiguous(memory_format=torch.channels_last) else x.contiguous()
+    return x, [v.contiguous() for v in saved]
 
 
 def _numbers(v: Tensor, x: Tensor, like: Tensor) -> Tensor:
@@ -184,9 +206,10 @@ def mabn_forward(
 ) -> list[Tensor]:  # fmt: skip
     """y of MABN2d in training, the release version; gain, inverse and own of `MABN2d.update`; moves
     all of its state on but the counter, `tracked`."""
+    _check(x, weight, bias, running, window)
     y, numbers = torch.empty_like(x), x.new_empty((2, groups, x.shape[1]))
     kept = [*numbers.unbind(), x.new_empty((groups, 1), dtype=torch.bool)]
-    starts = (max(len(window) + 1, warmup), max(1000, warmup))
+    starts = (int(max(len(window) + 1, warmup)), int(max(1000, warmup)))
     tensors = (x, weight, bias, running, window, tracked, y, *kept)
     _call("mabn_forward", x, tensors, *_sizes(x, groups), len(window), *starts, momentum, eps)
     return [y, *kept]
@@ -195,9 +218,10 @@ def mabn_forward(
 def mabn_backward(dy: Tensor, x: Tensor, *saved: Tensor, window: Tensor) -> tuple[Tensor, ...]:
     """The gradients of x, weight and bias; moves the window on. `saved`: weight and what was
     kept."""
+    x, kept = _unpacked(x, saved)
     results = (torch.empty_like(x), *x.new_empty((2, x.shape[1])).unbind())
-    tensors = (_as_x(dy, x), x, *saved, window, *results)
-    _call("mabn_backward", x, tensors, *_sizes(x, len(saved[1])), len(window))
+    tensors = (_as_x(dy, x), x, *kept, window, *results)
+    _call("mabn_backward", x, tensors, *_sizes(x, len(kept[1])), len(window))
     return results
 
 
@@ -208,6 +232,7 @@ def bcn_forward(
 ) -> list[Tensor]:  # fmt: skip
     """y of BatchChannelNorm2d in training, and what `BatchChannelNorm2d.numbers` keeps; moves the
     moving statistics on."""
+    _check(x, bn_weight, bn_bias, running_mean, running_var)
     n, c, k = *x.shape[:2], len(weight)
     shapes = ((2, n, c), (2, groups, c), (2, n, k))
     y, kept = torch.empty_like(x), [v for shape in shapes for v in x.new_empty(shape).unbind()]
@@ -220,11 +245,12 @@ def bcn_forward(
 def bcn_backward(dy: Tensor, x: Tensor, *saved: Tensor, through: bool) -> list[Tensor]:
     """The gradients of x and the four parameters; `saved`: bn_weight, bn_bias, weight and what was
     kept."""
+    x, inputs = _unpacked(x, saved)
     n, c, k, groups = *x.shape[:2], len(saved[2]), len(saved[5])
     numbers = (x.new_empty((2, c)), x.new_empty((2, k)), x.new_empty((2, n, c)))
     results = [torch.empty_like(x), *(v for pair in numbers for v in pair.unbind())]
     sizes = _sizes(x, groups)
-    tensors = (_as_x(dy, x), x, *saved, *results)
+    tensors = (_as_x(dy, x), x, *inputs, *results)
     _call("bcn_backward", x, tensors, *sizes[:3], k, *sizes[3:], through)
     return results[:5]
 
@@ -242,5 +268,6 @@ def standardize_backward(dy: Tensor, rows: Tensor, *kept: Tensor) -> Tensor:
     """The gradient of rows."""
     _, c, n, _ = rows.shape
     dx = torch.empty_like(rows)
-    _call("standardize_backward", rows, (dy.contiguous(), rows, *kept, dx), c, n)
+    dense = [v.resolve_neg().contiguous() for v in (dy, rows, *kept)]
+    _call("standardize_backward", rows, (*dense, dx), c, n)
     return dx

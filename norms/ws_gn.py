@@ -126,7 +126,8 @@ class WSConv2d(nn.Conv2d):
     def standardized(self) -> Tensor:
         """The weights that the convolution uses."""
         if not self.eps_inside:
-            compiled = cpu_kernels.take(as_rows(self.weight))
+            rows = as_rows(self.weight)
+            compiled = rows.is_contiguous() and cpu_kernels.take(rows)
             function = _Compiled if compiled else _Standardize
             return function.apply(self.weight, self.eps, self.unbiased)
         if not self.unbiased:

@@ -161,9 +161,60 @@ def test_what_is_left_to_pytorch():
     assert not take(x, number.double())
     assert not take(x, torch.ones(8)[::2])
     assert not take(x.to("meta"))
-    mixed = MABN2d(4, 2)
-    mixed.weight.data = mixed.weight.data.double()
-    assert mixed(x).isfinite().all()
+    assert not take(x, torch.tensor(1, dtype=torch.int32))
+    assert not take(x[:0], number)
+    assert not take(torch._neg_view(x), number)
+
+
+@compiled
+@pytest.mark.parametrize("channels", [2, 4000])
+@pytest.mark.parametrize("name", ["mabn", "bcn", "bcn estimated"])
+def test_another_number_of_channels_is_an_error(name, channels):
+    with pytest.raises(ValueError, match=f"expected 8 channels, got images of {channels}"):
+        LAYERS[name](8)(images((2, channels, 8, 8)))
+
+
+@compiled
+def test_a_transposed_filter():
+    """1x1 weights that lie in memory the other way round are PyTorch's."""
+    weight = torch.randn(6, 8).t()[:, :, None, None]
+    layer, same = WSConv2d(6, 8, 1), WSConv2d(6, 8, 1)
+    layer.weight.data, same.weight.data = weight, weight.contiguous()
+    torch.testing.assert_close(layer.standardized(), same.standardized())
+
+
+@compiled
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("name", ["mabn", "bcn", "ws_gn"])
+def test_what_is_saved_may_be_laid_out_anew(name, last):
+    """By a hook that packs it, in the other memory format or with gaps."""
+
+    def unpack(v):
+        if v.dim() == 4:
+            return v.contiguous(memory_format=torch.channels_last)
+        return v.repeat_interleave(2, -1)[..., ::2]
+
+    torch.manual_seed(1)
+    one = LAYERS[name](8).double()
+    two = copy.deepcopy(one)
+    expected = steps(one, last, dtype=torch.float64)
+    with torch.autograd.graph.saved_tensors_hooks(lambda v: v, unpack):
+        found = steps(two, last, dtype=torch.float64)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+@compiled
+def test_what_is_not_finite_stays_where_it_is():
+    """Estimated statistics have no gradient: one image's does not reach the other."""
+    layer, x = BatchChannelNorm2d(8, 4, 2, rate=0.1), images((2, 8, 3, 3)).requires_grad_()
+    dy = torch.ones(2, 8, 3, 3)
+    dy[0, 0, 0, 0] = torch.inf
+    layer(x).backward(dy)
+    assert x.grad[1].isfinite().all()
+    mabn = MABN2d(8, 2)
+    mabn(images((2, 8, 3, 3)) * 1e30)
+    assert (mabn.running_square == torch.inf).all()
 
 
 @pytest.fixture
