@@ -39,8 +39,8 @@ __all__ = [
 
 # Files of this folder that are no method:
 _SHARED = {
-    *("convert", "cpu_kernels", "fold", "kernels", "moments", "number_kernels", "numbers"),
-    "scheme",
+    *("convert", "fold", "moments", "numbers", "scheme"),
+    *("cpu_kernels", "kernels", "number_kernels"),
 }
 
 

@@ -274,6 +274,7 @@ void mabn_forward(const REAL *x, const REAL *weight, const REAL *bias, REAL *run
   }
 }
 
+/* Its gradient; `window` holds psi of the batches before and is moved on. */
 void mabn_backward(const REAL *dy, const REAL *x, const REAL *weight, const REAL *gain,
                    const REAL *inverse, const bool *own, REAL *window, REAL *dx, REAL *dweight,
                    REAL *dbias, integer G, integer N, integer C, integer size, integer last,

@@ -168,6 +168,7 @@ def _unpacked(x: Tensor, saved: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]
 
 
 def _numbers(v: Tensor, x: Tensor, like: Tensor) -> Tensor:
+    """v in the type of x and in as many rows as `like`."""
     return v.to(x.dtype).expand_as(like).contiguous()
 
 
@@ -255,12 +256,12 @@ def bcn_backward(dy: Tensor, x: Tensor, *saved: Tensor, through: bool) -> list[T
     return results[:5]
 
 
-def standardize(rows: Tensor, eps: float, less: bool) -> tuple[Tensor, ...]:
-    """(x - mean) / (std + eps) of every row of (1, C, n, 1), with the variance over n - `less`; and
-    what the gradient needs, (C,) each."""
+def standardize(rows: Tensor, eps: float, unbiased: bool) -> tuple[Tensor, ...]:
+    """(x - mean) / (std + eps) of every row of (1, C, n, 1), with the variance over n - 1 if it is
+    `unbiased`; and what the gradient needs, (C,) each."""
     _, c, n, _ = rows.shape
     y, kept = torch.empty_like(rows), rows.new_empty((3, c)).unbind()
-    _call("standardize", rows, (rows, y, *kept), c, n, less, eps)
+    _call("standardize", rows, (rows, y, *kept), c, n, unbiased, eps)
     return y, *kept
 
 

@@ -42,7 +42,7 @@ def test_the_file(call, tmp_path):
     call("--quick")
     result = json.loads((tmp_path / "inference.json").read_text())
     assert list(result) == ["command", "environment", "setting", "rows"]
-    assert set(result["environment"]) == {*("cpu", "threads", "python", "torch", "C compiler")}
+    assert set(result["environment"]) == {"cpu", "threads", "python", "torch", "C compiler"}
     assert result["setting"] == {
         "model": "resnet8",
         "batch": 4,

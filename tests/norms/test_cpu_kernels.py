@@ -205,6 +205,21 @@ def test_what_is_saved_may_be_laid_out_anew(name, last):
 
 
 @compiled
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_gradient_whose_sign_is_only_noted(name):
+    """What PyTorch makes of the imaginary part of a conjugate: its memory has the other sign."""
+    torch.manual_seed(1)
+    one = LAYERS[name](8)
+    two, x = copy.deepcopy(one), images((4, 8, 5, 5))
+    x1, x2 = x.clone().requires_grad_(), x.clone().requires_grad_()
+    y1, y2 = one(x1), two(x2)
+    dy = torch.randn_like(y1)
+    y1.backward(torch._neg_view(dy))
+    y2.backward(-dy)
+    torch.testing.assert_close(x1.grad, x2.grad, equal_nan=True)
+
+
+@compiled
 def test_what_is_not_finite_stays_where_it_is():
     """Estimated statistics have no gradient: one image's does not reach the other."""
     layer, x = BatchChannelNorm2d(8, 4, 2, rate=0.1), images((2, 8, 3, 3)).requires_grad_()
