@@ -7,6 +7,9 @@ Orders of a block:
              (arXiv 2103.11590: the identity skips the ReLU and keeps a mean near zero)
     pws_tf   the same with relu(x / sqrt(2)), of the paper's TensorFlow code
 
+The stem ends with a ReLU under `post` and `pws` (the authors' PyTorch code rectifies it although
+every block begins with a ReLU, so the first block's identity is rectified too), not under `pws_tf`.
+
 Convolutions and norms have the same names under every scheme, so state dicts can be compared.
 """
 
@@ -154,7 +157,7 @@ class ResNet(nn.Module):
         self.conv1 = scheme.conv(in_channels, channels, size, stride=stride, padding=padding)
         own_act = scheme.norm_act if not (self.pre or scheme.end_norm) else None
         self.norm1 = (own_act or end_norm)(channels)
-        self.act = unchanged if own_act or self.pre else F.relu
+        self.act = unchanged if own_act or block == "pws_tf" else F.relu
         self.pool = nn.MaxPool2d(3, 2, 1) if large else nn.Identity()
         for i, (width, depth) in enumerate(zip(widths, depths, strict=True), 1):
             blocks = []

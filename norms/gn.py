@@ -65,6 +65,19 @@ def group_norm(channels: int, groups: int, min_channels: int, eps: float) -> nn.
     return nn.GroupNorm(fit_groups(channels, groups, min_channels), channels, eps)
 
 
+def grouping(
+    groups: int, min_channels: int, channels_per_group: int | None, eps: float
+) -> tuple[Callable[[int], nn.GroupNorm], Callable[[nn.Module], None]]:
+    """The layer for a number of channels, by `groups` or, if given, `channels_per_group`; and the
+    check of the finished network."""
+    check = check_groups(groups, min_channels)
+    if channels_per_group is not None:
+        whole("channels_per_group", channels_per_group)
+        check = partial(_check_channels, channels_per_group=channels_per_group)
+        groups, min_channels = 2**31, channels_per_group
+    return partial(group_norm, groups=groups, min_channels=min_channels, eps=eps), check
+
+
 def scheme(
     batch_size: int | None = None,
     groups: int = 32,
@@ -73,15 +86,11 @@ def scheme(
     eps: float = 1e-5,
 ) -> Scheme:
     """Plain convolutions and group norm, by `groups` or, if given, `channels_per_group`."""
-    check = check_groups(groups, min_channels)
-    if channels_per_group is not None:
-        whole("channels_per_group", channels_per_group)
-        check = partial(_check_channels, channels_per_group=channels_per_group)
-        groups, min_channels = 2**31, channels_per_group
+    norm, check = grouping(groups, min_channels, channels_per_group, eps)
     return Scheme(
         name="gn",
         conv=partial(conv, nn.Conv2d),
-        norm=partial(group_norm, groups=groups, min_channels=min_channels, eps=eps),
+        norm=norm,
         zero_init=True,
         batch_free=True,
         check=check,

@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from norms import cpu_kernels
 from norms import moments as m
 from norms import numbers as num
-from norms.gn import check_groups, group_norm
+from norms.gn import grouping
 from norms.scheme import Scheme, conv
 
 _group_norm_backward = torch.ops.aten.native_group_norm_backward.default
@@ -145,6 +145,7 @@ def scheme(
     batch_size: int | None = None,
     groups: int = 32,
     min_channels: int = 2,
+    channels_per_group: int | None = None,
     eps: float = 1e-5,
     ws_eps: float = 1e-5,
     unbiased: bool = True,
@@ -152,10 +153,11 @@ def scheme(
 ) -> Scheme:
     """Standardized convolutions and group norm (groups in narrow layers as in `norms/gn.py`)."""
     weights = partial(WSConv2d, eps=ws_eps, unbiased=unbiased, eps_inside=eps_inside)
+    norm, check = grouping(groups, min_channels, channels_per_group, eps)
     return Scheme(
         name="ws_gn",
         conv=partial(conv, weights),
-        norm=partial(group_norm, groups=groups, min_channels=min_channels, eps=eps),
+        norm=norm,
         batch_free=True,
-        check=check_groups(groups, min_channels),
+        check=check,
     )

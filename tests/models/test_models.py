@@ -104,6 +104,24 @@ def test_block_orders(as_default):
         torch.testing.assert_close(down(x), expected[1])
 
 
+@pytest.mark.parametrize("network", ["resnet18_cifar", "resnet18"])
+@pytest.mark.parametrize("scheme", ["bn", "pws"])
+@pytest.mark.parametrize("order", ["post", "pws", "pws_tf"])
+def test_order_of_the_stem(order, scheme, network, as_default):
+    """Convolution, norm, ReLU, pooling; the TensorFlow form alone has no ReLU there."""
+    scheme = norms.build(scheme)
+    model = models.build(network, scheme=scheme, num_classes=3, block=order)
+    seen = []
+    model.layer1.register_forward_pre_hook(lambda layer, inputs: seen.append(inputs[0]))
+    x = torch.randn(2, 3, 16, 16)
+    model(x)
+    y = model.norm1(model.conv1(x))
+    expected = y if order == "pws_tf" else torch.relu(y)
+    if network == "resnet18":
+        expected = torch.nn.functional.max_pool2d(expected, 3, 2, 1)
+    torch.testing.assert_close(seen[0], expected)
+
+
 def test_the_tensorflow_form_of_pws_has_no_norm_at_all(as_default):
     scheme = norms.build("pws", form="tensorflow")
     model = models.build("resnet8", scheme=scheme, num_classes=3)
