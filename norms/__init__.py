@@ -1,4 +1,4 @@
-"""Normalization methods, one file each; this folder needs torch and NumPy (three of them timm).
+"""Normalization methods, one file each; this folder needs torch alone (three of them timm).
 
 scheme = norms.build("mabn", batch_size=2)
 scheme.conv(64, 128, 3, padding=1), scheme.norm(128)
@@ -11,20 +11,21 @@ import inspect
 import pkgutil
 from difflib import get_close_matches
 
-from norms.bcn import BatchChannelNorm2d, EstimatedBatchNorm2d
-from norms.bn import GhostBatchNorm2d
-from norms.brn import BatchRenorm2d
-from norms.convert import convert
-from norms.fold import fold
-from norms.mabn import CenteredConv2d, MABN2d
-from norms.pws import PWSConv2d
-from norms.scheme import Scheme
-from norms.ws_gn import WSConv2d
+from .bcn import BatchChannelNorm2d, EstimatedBatchNorm2d
+from .bn import GhostBatchNorm2d
+from .brn import BatchRenorm2d
+from .convert import Conversion, conversion, convert
+from .fold import fold
+from .mabn import CenteredConv2d, MABN2d
+from .pws import PWSConv2d
+from .scheme import Scheme
+from .ws_gn import WSConv2d
 
 __all__ = [
     "BatchChannelNorm2d",
     "BatchRenorm2d",
     "CenteredConv2d",
+    "Conversion",
     "EstimatedBatchNorm2d",
     "GhostBatchNorm2d",
     "MABN2d",
@@ -32,16 +33,14 @@ __all__ = [
     "Scheme",
     "WSConv2d",
     "build",
+    "conversion",
     "convert",
     "fold",
     "names",
 ]
 
 # Files of this folder that are no method:
-_SHARED = {
-    *("convert", "fold", "moments", "numbers", "scheme"),
-    *("cpu_kernels", "kernels", "number_kernels"),
-}
+_SHARED = {"convert", "fold", "layer", "moments", "scheme", "standardized"}
 
 
 def names() -> list[str]:
@@ -72,7 +71,7 @@ def build(
         not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1
     ):
         raise ValueError(f"batch={batch_size}: expected a whole number of images from 1")
-    make = importlib.import_module(f"norms.{name}").scheme
+    make = importlib.import_module(f"{__name__}.{name}").scheme
     parameters = inspect.signature(make).parameters
     known = [p for p in parameters if p not in ("batch_size", "sgd_batch_size")]
     for option in options:

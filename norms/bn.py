@@ -7,85 +7,94 @@ the moving averages r <- (1 - momentum) r + momentum * statistic, of the mean an
 variance, take their place. `GhostBatchNorm2d` is the same layer when more images pass at once than
 share statistics (Hoffer et al., arXiv 1705.08741): each group of `batch_size` images, in order, is
 normalized by its own statistics and updates the moving averages, as if the groups had come one by
-one. Forward, x is read for the statistics and again while y is written; backward, x and dL/dy are
-read for their sums and again while dL/dx is written; only x and a few numbers per group are kept.
+one.
 """
 
 from functools import partial
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from norms import moments as m
-from norms import numbers as num
-from norms.numbers import Array
-from norms.scheme import Scheme, conv, frozen_batch_norm
+from . import moments as m
+from .layer import BatchStatisticsNorm
+from .scheme import CONV, Scheme, conv, frozen_batch_norm
 
 
-class GhostBatchNorm2d(nn.BatchNorm2d):
+class GhostBatchNorm2d(BatchStatisticsNorm):
     """`nn.BatchNorm2d` over groups of `batch_size` images of a batch (None: all of them).
 
-    Shapes: (N, C, H, W) -> (N, C, H, W); in training N must be a multiple of `batch_size`.
-    Parameters, buffers and evaluation are those of `nn.BatchNorm2d`.
+    Shapes: (N, C, *) -> (N, C, *); in training N must be a multiple of `batch_size`. Parameters,
+    buffers and evaluation are those of `nn.BatchNorm2d`.
     Raises `ValueError` for another N, or where a group holds one value per channel.
     """
 
-    running_mean: Tensor
-    running_var: Tensor
-    num_batches_tracked: Tensor
-    momentum: float
+    state = {"running_mean": 0.0, "running_var": 1.0, "num_batches_tracked": 0}
 
     def __init__(
         self,
         num_features: int,
         batch_size: int | None = None,
         eps: float = 1e-5,
-        momentum: float = 0.1,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        device: Any = None,
+        dtype: Any = None,
     ):
-        super().__init__(num_features, eps, momentum)
-        self.batch_size = batch_size
+        super().__init__(num_features, batch_size, eps, momentum, affine, device, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        m.check_4d(x)
-        if not self.training:
-            return super().forward(x)
-        m.check_variance(x, self.batch_size)
-        if self.batch_size in (None, x.shape[0]):
-            return super().forward(x)
-        numbers = self.statistics(*m.moments(x.detach()), x.shape[2] * x.shape[3])
-        return m.Normalize.apply(x, self.weight, self.bias, *numbers, None, None, True)
-
-    @num.quiet
-    def statistics(self, mean: Array, var: Array, area: int) -> tuple[Tensor, Tensor]:
-        """From the moments of every map, (N, C), to mean and 1 / sqrt(var + eps) of every group,
-        (G, C), by which this moves the running statistics, one group after another; `area` is
-        H * W. In evaluation those of the running statistics, (1, C)."""
-        if not self.training:
-            return self.running_mean[None].clone(), torch.rsqrt(self.running_var + self.eps)[None]
+        m.check_input(x, self.num_features)
         state = (self.running_mean, self.running_var)
-        xp, mean, var, *running = num.arrays(mean, var, *state)
+        if not (self.training or state[0] is None) or x.shape[0] == 0:
+            return F.batch_norm(x, *state, self.weight, self.bias, training=False, eps=self.eps)
+        m.check_variance(x, self.batch_size)
+        if m.count_groups(x, self.batch_size) == 1:  # PyTorch's own layer
+            own = tuple(None if v is None else torch.zeros_like(v) for v in state)
+            y = F.batch_norm(x, *own, self.weight, self.bias, True, 1.0, self.eps)
+            self.track(*(None if v is None else v[None] for v in own))
+            return y
+        mean, inverse = self.statistics(*m.moments(x), x[0, 0].numel())
+        weight, bias = self.gain_and_shift()
+        scale = weight * inverse
+        shift = bias - mean * scale
+        return m.scale_and_shift(x, *(m.expand_groups(v, x.shape[0]) for v in (scale, shift)))
+
+    def statistics(self, mean: Tensor, var: Tensor, area: int) -> tuple[Tensor, Tensor]:
+        """From the moments of every map, (N, C), to mean and 1 / sqrt(var + eps) of every group,
+        (G, C), by which this moves the running statistics; `area` is the number of positions. In
+        evaluation those of the running statistics, (1, C)."""
+        if not (self.training or self.running_mean is None):
+            return self.running_mean[None], torch.rsqrt(self.running_var + self.eps)[None]
         count = (self.batch_size or len(mean)) * area
-        mean, var = m.pooled(mean, var, self.batch_size)
-        for average, values in zip(running, (mean, var * (count / (count - 1))), strict=True):
-            average[...] = num.moved_average(average, values, self.momentum)
-        self.num_batches_tracked += len(mean)
-        return num.tensor(mean), num.tensor(1 / xp.sqrt(var + self.eps))
+        mean, var = m.pool_images(mean, var, self.batch_size)
+        self.track(mean.detach(), var.detach() * (count / max(1, count - 1)))
+        return mean, torch.rsqrt(var + self.eps)
+
+    def track(self, mean: Tensor | None, var: Tensor | None) -> None:
+        """Move the running statistics by those of every group, (G, C), with unbiased variances."""
+        if mean is None or var is None or self.running_mean is None or not self.training:
+            return
+        count = self.num_batches_tracked
+        self.commit(
+            running_mean=m.moving_average(self.running_mean, mean, self.momentum, count)[1][-1],
+            running_var=m.moving_average(self.running_var, var, self.momentum, count)[1][-1],
+            num_batches_tracked=count + len(mean),
+        )
 
     def fold(self) -> nn.Module:
         """What it computes in evaluation, in PyTorch's own layers: see `norms/fold.py`."""
-        return frozen_batch_norm(
-            self.weight, self.bias, self.running_mean, self.running_var, self.eps
-        )
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, batch_size={self.batch_size}"
+        if self.running_mean is None:
+            return self
+        return frozen_batch_norm(self, self.running_mean, self.running_var)
 
 
 def scheme(batch_size: int | None = None, eps: float = 1e-5, momentum: float = 0.1) -> Scheme:
     """Plain convolutions and batch norm. `momentum` is PyTorch's: the weight of the new value."""
     return Scheme(
         name="bn",
-        conv=partial(conv, nn.Conv2d),
+        conv=partial(conv, CONV),
         norm=partial(GhostBatchNorm2d, batch_size=batch_size, eps=eps, momentum=momentum),
         channels_last=True,
     )

@@ -10,32 +10,32 @@ The moving average is of the standard *deviation*, with eps already inside, so a
 gamma * (x - mu) / sigma + beta. The paper fixes gamma at 1. r_max and d_max start at 1 and 0, where
 BRN is batch norm, for `start` optimizer steps, and then rise linearly until `r_until` and `d_until`
 (the paper: 3 and 5, after 5,000, at 40,000 and 25,000 steps of its 130,000 or more, "gradually").
-Passes over activations as in `norms/bn.py`.
 """
 
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from norms import moments as m
-from norms import numbers as num
-from norms.numbers import Array
-from norms.scheme import Scheme, conv, frozen_batch_norm
+from . import moments as m
+from .layer import BatchStatisticsNorm
+from .scheme import CONV, Scheme, conv, frozen_batch_norm
 
 
-class BatchRenorm2d(nn.Module):
+class BatchRenorm2d(BatchStatisticsNorm):
     """BRN over groups of `batch_size` images of a batch (None: all of them), in order.
 
-    Shapes: (N, C, H, W) -> (N, C, H, W). `batches_per_step`: groups that make an optimizer step, in
+    Shapes: (N, C, *) -> (N, C, *). `batches_per_step`: groups that make an optimizer step, in
     which the schedule counts; `fixed_weight`: gamma stays 1. Raises `ValueError` where a group
     holds one value per channel, or where `batch_size` does not divide N in training.
     """
 
-    running_mean: Tensor
-    running_std: Tensor
-    num_batches_tracked: Tensor
+    state = {"moving_mean": 0.0, "moving_std": 1.0, "num_batches_renormalized": 0}
+    moving_mean: Tensor
+    moving_std: Tensor
+    num_batches_renormalized: Tensor
 
     def __init__(
         self,
@@ -49,60 +49,63 @@ class BatchRenorm2d(nn.Module):
         d_until: int = 25000,
         fixed_weight: bool = True,
         eps: float = 1e-5,
-        momentum: float = 0.01,
+        momentum: float | None = 0.01,
+        affine: bool = True,
+        device: Any = None,
+        dtype: Any = None,
     ):
-        super().__init__()
-        self.num_features, self.batch_size = num_features, batch_size
+        super().__init__(num_features, batch_size, eps, momentum, affine, device, dtype)
         self.batches_per_step, self.start = batches_per_step, start
         self.limits = ((1.0, r_max, r_until), (0.0, d_max, d_until))
-        self.eps, self.momentum = eps, momentum
-        self.weight = nn.Parameter(torch.ones(num_features), requires_grad=not fixed_weight)
-        self.bias = nn.Parameter(torch.zeros(num_features))
-        self.register_buffer("running_mean", torch.zeros(num_features))
-        self.register_buffer("running_std", torch.ones(num_features))
-        self.register_buffer("num_batches_tracked", torch.tensor(0))
+        if affine:
+            self.weight.requires_grad_(not fixed_weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        m.check_4d(x)
-        if not self.training:
-            var = self.running_std.square() - self.eps  # which a batch norm adds again
-            state = (self.running_mean, var, self.weight, self.bias)
+        m.check_input(x, self.num_features)
+        if not self.training or x.shape[0] == 0:
+            state = (self.running_mean, self.running_var, self.weight, self.bias)
             return F.batch_norm(x, *state, training=False, eps=self.eps)
         m.check_variance(x, self.batch_size)
-        numbers = self.correct(*m.moments(x.detach()))
-        return m.Normalize.apply(x, self.weight, self.bias, *numbers, True)
+        mean, var = m.pool_images(*m.moments(x), self.batch_size)
+        std = torch.sqrt(var + self.eps)
+        r, d = self.once(self.correct, mean.detach(), std.detach())
+        weight, bias = self.gain_and_shift()
+        scale = weight * r / std
+        shift = bias + weight * d - mean * scale
+        return m.scale_and_shift(x, *(m.expand_groups(v, x.shape[0]) for v in (scale, shift)))
 
-    @num.quiet
-    def correct(self, mean: Array, var: Array) -> list[Tensor]:
-        """From the moments of every map, (N, C): mean, 1 / sigma_B, r and d of every group, (G, C);
-        and the update of the moving values by all of them."""
-        xp, mean, var, running_mean, running_std, tracked = num.arrays(
-            mean, var, self.running_mean, self.running_std, self.num_batches_tracked
-        )
-        mean, var = m.pooled(mean, var, self.batch_size)
-        std = xp.sqrt(var + self.eps)
-        batch = tracked + xp.arange(len(mean), device=mean.device)[:, None]
-        step = num.as_type(batch // self.batches_per_step, std)
+    @torch.no_grad()
+    def correct(self, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
+        """From mean and sigma_B of every group to its r and d, (G, C), each by the moving values
+        before it; and the update of these by all of them."""
+        count = self.num_batches_renormalized
+        batch = count + torch.arange(len(mean), device=mean.device)[:, None]
+        step = (batch // self.batches_per_step).to(mean.dtype)
         r_max, d_max = (
-            low + (high - low) * ((step - self.start) / max(1, until - self.start)).clip(0, 1)
+            low + (high - low) * ((step - self.start) / max(1, until - self.start)).clamp(0, 1)
             for low, high, until in self.limits
         )
-        before, after = num.moving_average(running_mean, mean, self.momentum)
-        std_before, std_after = num.moving_average(running_std, std, self.momentum)
-        r = xp.clip(std / std_before, 1 / r_max, r_max)
-        d = xp.clip((mean - before) / std_before, -d_max, d_max)
-        running_mean[...] = after[-1]
-        running_std[...] = std_after[-1]
-        tracked += len(mean)
-        return [num.tensor(v) for v in (mean, 1 / std, r, d)]
+        before, after = m.moving_average(self.moving_mean, mean, self.momentum, count)
+        std_before, std_after = m.moving_average(self.moving_std, std, self.momentum, count)
+        self.commit(
+            moving_mean=after[-1],
+            moving_std=std_after[-1],
+            num_batches_renormalized=count + len(mean),
+        )
+        r = torch.clamp(std / std_before, 1 / r_max, r_max)
+        return r, torch.clamp((mean - before) / std_before, -d_max, d_max)
+
+    @property
+    def running_mean(self) -> Tensor:
+        return self.moving_mean
+
+    @property
+    def running_var(self) -> Tensor:  # to which a batch norm adds eps
+        return self.moving_std.square() - self.eps
 
     def fold(self) -> nn.Module:
         """What it computes in evaluation, in PyTorch's own layers: see `norms/fold.py`."""
-        var = self.running_std**2 - self.eps  # which a batch norm adds again
-        return frozen_batch_norm(self.weight, self.bias, self.running_mean, var, self.eps)
-
-    def extra_repr(self) -> str:
-        return f"{self.num_features}, batch_size={self.batch_size}"
+        return frozen_batch_norm(self, self.running_mean, self.running_var)
 
 
 def scheme(
@@ -123,7 +126,7 @@ def scheme(
         raise ValueError(f"norm.{key}={value}: expected a number from {least}")
     return Scheme(
         name="brn",
-        conv=partial(conv, nn.Conv2d),
+        conv=partial(conv, CONV),
         norm=partial(
             BatchRenorm2d,
             batch_size=batch_size,

@@ -1,67 +1,154 @@
-"""Put a scheme into any network: `convert(module, scheme)`.
+"""Put a scheme into any network: `convert(module, scheme)`; what it would do: `conversion(...)`.
 
-Which convolutions: those with a norm right behind them, in the order in which a network registers
-its layers (activations, pooling and dropout between them are passed over only if they are
-`Identity`), and, ahead of the last norm, those without a bias, which is how most networks mark a
-convolution whose output a norm shifts (attention is the exception: its projections without bias
-are swapped too). Depthwise ones are no exception. A convolution with a bias and no norm behind it
-and whatever comes after the last norm (a classifier, squeeze-and-excitation) stays.
+Which norms: batch norms of maps of one to three dimensions, synchronized ones included (in one
+dimension only behind a convolution, since behind a linear layer there are no maps). timm's
+norm-and-activation layers keep their activation, or take the scheme's own (FRN, EvoNorm).
 
-Which norms: batch norms of maps; timm's norm-and-activation layers keep their activation, or take
-the scheme's own (FRN, EvoNorm). Names stay, and so do the host's weights, whatever the scheme would
-start from, and which of them are frozen; with the same layer the running statistics and the host's
-eps too. Under `bn`, `sync_bn`, `gn`, `ln`, `in` and `ws_*` every parameter keeps its name and
-shape, so the host's state dict fits. Where the scheme normalizes only at the ends (PWS), the first
-and the last norm become its end norms and all others `Identity`, and every convolution gets a bias;
-the host's block order stays. `convert(...).load_state_dict(state, strict=False)` lists what a state
-dict lacks or has too much.
+Which convolutions: where a scheme has its own, those with a norm right behind them, in the order in
+which a network registers its layers (only `Identity` is passed over), and, ahead of the last norm,
+those without a bias, which is how most networks mark a convolution whose output a norm shifts
+(attention is the exception: its projections without bias are swapped too). Depthwise ones are no
+exception. A convolution with a bias and no norm behind it, a transposed one, one of a library's own
+class and whatever comes after the last norm (a classifier, squeeze-and-excitation) stays.
+
+What stays of the host: names, hooks, training mode, type and device, what is tied or frozen, and
+every parameter that the new layer has in the same shape, as the same object, so that an optimizer
+made before goes on. A batch norm's parameters and statistics go to what means the same: a batch
+norm, the one inside BCN, BRN's moving values; to nothing of MABN's. Where the scheme normalizes
+only at the ends (PWS), the first and the last norm become its end norms and all others `Identity`,
+and every convolution gets a bias; the host's block order stays.
 """
 
+import warnings
+from collections import Counter
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.utils.parametrize import is_parametrized
 
-from norms.scheme import Scheme, replace_child
+from .bcn import BatchChannelNorm2d
+from .brn import BatchRenorm2d
+from .layer import BatchStatisticsNorm
+from .scheme import CONV, Scheme
+from .standardized import StandardizedConv
+
+DIMENSIONS = {nn.BatchNorm1d: 1, nn.BatchNorm2d: 2, nn.BatchNorm3d: 3}
+HOOKS = (
+    *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
+    *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
+    *("_backward_hooks", "_backward_pre_hooks", "_is_full_backward_hook"),
+    *("_state_dict_hooks", "_state_dict_pre_hooks"),
+    *("_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"),
+)
 
 
-def _take_over(new: nn.Module, old: nn.Module) -> None:
-    """Every parameter that both have in the same shape, and what is frozen; device, type and mode;
-    the state of a layer of the same kind, and of no other: a batch norm's count of batches would
-    end MABN's warm-up before it began. A gain that the scheme fixes (BRN's) stays what it is."""
-    reference = next((t for t in old.state_dict().values() if t.is_floating_point()), None)
-    if reference is not None:
-        new.to(reference.device, reference.dtype)
-    state: dict[str, Tensor] = dict(old.named_parameters())
-    buffers = dict(old.named_buffers())
-    if buffers.keys() == dict(new.named_buffers()).keys():
-        state |= buffers
-    with torch.no_grad():
-        for name, own in [*new.named_parameters(), *new.named_buffers()]:
-            value = state.get(name)
-            fixed = isinstance(own, nn.Parameter) and not own.requires_grad
-            if value is not None and value.shape == own.shape and not fixed:
-                own.copy_(value)
-                own.requires_grad_(value.requires_grad)
-    parameters = list(old.parameters())
-    if parameters and not any(p.requires_grad for p in parameters):
-        new.requires_grad_(False)
-    new.train(old.training)
+def replace_module(root: nn.Module, name: str, new: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(root.get_submodule(parent), child, new)
+
+
+@dataclass
+class Conversion:
+    """What `convert` does to a network: a layer for each name that is swapped, and why each norm or
+    convolution that is not is left. `print` it to read it."""
+
+    host: nn.Module
+    scheme: Scheme
+    swapped: dict[str, nn.Module] = field(default_factory=dict)
+    left: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        layers = dict(self.host.named_modules(remove_duplicate=False))
+        kinds = Counter(
+            f"{type(layers[name]).__name__} -> {type(new).__name__}"
+            for name, new in self.swapped.items()
+        )
+        swapped = [f"  {count} x {kind}" for kind, count in kinds.items()]
+        left = [
+            f"  {name or 'the module'} ({type(layers[name]).__name__}): {why}"
+            for name, why in self.left.items()
+        ]
+        head = f"{type(self.host).__name__} to {self.scheme.name}: swapped"
+        return "\n".join([head, *swapped, *(["left", *left] if left else [])])
+
+    def apply(self) -> nn.Module:
+        """Swap the layers in place and return the network; after a `ValueError` of the scheme's
+        own check it is as it was."""
+        root = nn.ModuleDict({"host": self.host})  # so that the host itself can be a layer to swap
+        layers = dict(self.host.named_modules(remove_duplicate=False))
+        for name, new in self.swapped.items():
+            replace_module(root, f"host.{name}".rstrip("."), new)
+        try:
+            if self.scheme.check:
+                self.scheme.check(root["host"])
+        except ValueError:
+            for name in self.swapped:
+                replace_module(root, f"host.{name}".rstrip("."), layers[name])
+            raise
+        return root["host"]
 
 
 def _activate(module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
     return module.act(module.drop(output))
 
 
-def _new_norm(old: Any, scheme: Scheme, at_end: bool) -> nn.Module:
+def _share(new: nn.Module, old: nn.Module) -> None:
+    """Give `new` the parameters of `old` that it has in the same shape, the objects themselves,
+    except those that the scheme fixes (BRN's gain)."""
+    for name, own in new._parameters.items():
+        given = old._parameters.get(name)
+        if own is not None and given is not None and given.shape == own.shape and own.requires_grad:
+            new._parameters[name] = given
+
+
+def _take_over(new: nn.Module, old: nn.Module) -> None:
+    """Device, type, mode, hooks; whether everything is frozen."""
+    for name in HOOKS:
+        value = getattr(old, name, None)
+        if isinstance(value, dict):
+            getattr(new, name).update(value)
+        elif value is not None:
+            setattr(new, name, value)
+    parameters = list(old.parameters())
+    if parameters and not any(p.requires_grad for p in parameters):
+        new.requires_grad_(False)
+    new.train(old.training)
+
+
+def _reference(layer: nn.Module) -> Tensor | None:
+    return next((t for t in layer.state_dict().values() if t.is_floating_point()), None)
+
+
+@torch.no_grad()
+def _new_norm(old: Any, scheme: Scheme, at_end: bool, dim: int) -> nn.Module:
     make = scheme.end_norm if scheme.end_norm and at_end else scheme.norm
     act = getattr(old, "act", nn.Identity())  # timm's BatchNormAct2d has its activation inside
     if scheme.norm_act and not isinstance(act, nn.Identity):
         make, act = scheme.norm_act, nn.Identity()
-    new = make(old.num_features)
+    new: Any = make(old.num_features)
+    reference = _reference(old)
+    if reference is not None:
+        new.to(reference.device, reference.dtype)
+    if old.weight is None:
+        if not isinstance(new, BatchStatisticsNorm | BatchChannelNorm2d | nn.GroupNorm):
+            new.requires_grad_(False)  # its gain is a part of the method
+        else:
+            for layer in new.modules():
+                for name in layer._parameters:
+                    layer._parameters[name] = None
+                if isinstance(layer, nn.GroupNorm):
+                    layer.affine = False
+    inside = new.bn if isinstance(new, BatchChannelNorm2d) else new
+    _share(inside, old)
+    if isinstance(inside, BatchStatisticsNorm | nn.SyncBatchNorm):
+        inside.dim = dim  # type: ignore[assignment, union-attr]
+        _take_over_statistics(inside, old)
     _take_over(new, old)
-    if isinstance(new, nn.BatchNorm2d | nn.SyncBatchNorm):
-        new.eps = old.eps
     if hasattr(old, "act"):
         new.add_module("drop", getattr(old, "drop", nn.Identity()))
         new.add_module("act", act)
@@ -69,13 +156,52 @@ def _new_norm(old: Any, scheme: Scheme, at_end: bool) -> nn.Module:
     return new
 
 
-def _new_conv(old: nn.Conv2d, scheme: Scheme) -> nn.Module:
-    if old.padding_mode != "zeros" or type(old).forward is not nn.Conv2d.forward:
-        raise ValueError(
-            f"only plain zero-padded convolutions can be swapped, not {type(old).__name__} with "
-            f"padding_mode={old.padding_mode}"
+def _take_over_statistics(new: Any, old: Any) -> None:
+    """A batch norm's running statistics where they mean the same."""
+    same = "num_batches_tracked" in new._buffers
+    if old.running_mean is None:
+        if same:
+            new.running_mean = new.running_var = new.num_batches_tracked = None
+            new.track_running_stats = False
+        return
+    if isinstance(new, BatchRenorm2d):
+        new.moving_mean.copy_(old.running_mean)
+        new.moving_std.copy_((old.running_var + new.eps).sqrt())
+    elif "running_mean" in new._buffers:
+        new.running_mean.copy_(old.running_mean)
+        new.running_var.copy_(old.running_var)
+    if same:
+        new.eps = old.eps
+        if "num_batches_tracked" in old._buffers:
+            new.num_batches_tracked.copy_(old.num_batches_tracked)
+
+
+def _why_plain(conv: Any) -> str:
+    """Why a convolution cannot be swapped; empty where it can be."""
+    if isinstance(conv, _ConvTransposeNd):
+        return "transposed, whose filters no scheme standardizes"
+    if isinstance(conv, StandardizedConv):
+        return "has been converted already"
+    if is_parametrized(conv) or "weight" not in conv._parameters:
+        return "its weight is computed (parametrized, pruned or normalized): remove that first"
+    if type(conv).forward not in {c.forward for c in CONV.values()}:
+        return "has a forward pass of its own"
+    if conv.padding_mode != "zeros":
+        return f"padding_mode={conv.padding_mode}"
+    return ""
+
+
+@torch.no_grad()
+def _new_conv(old: Any, scheme: Scheme) -> nn.Module | None:
+    """The scheme's convolution with what the host's has; None where that would be the same."""
+    dim = old.weight.dim() - 2
+    with torch.device("meta"):
+        kind: Any = scheme.conv(
+            max(2, old.in_channels), max(2, old.out_channels), old.kernel_size, dim=dim
         )
-    new = scheme.conv(
+    if not isinstance(kind, StandardizedConv) and (kind.bias is None or old.bias is not None):
+        return None
+    new: Any = scheme.conv(
         old.in_channels,
         old.out_channels,
         old.kernel_size,
@@ -83,52 +209,148 @@ def _new_conv(old: nn.Conv2d, scheme: Scheme) -> nn.Module:
         padding=old.padding,
         dilation=old.dilation,
         groups=old.groups,
-    )
-    if old.bias is not None and getattr(new, "bias", None) is None:  # keep the host's parameters
-        new.bias = nn.Parameter(torch.zeros_like(old.bias))
+        dim=dim,
+    ).to(old.weight.device, old.weight.dtype)
+    if old.bias is not None and new.bias is None:
+        new.bias = old.bias
+    _share(new, old)
     _take_over(new, old)
     return new
+
+
+def _dimensions(norm: Any, before: Any) -> int:
+    """Of the maps that a batch norm is for; `before`: the layer with weights ahead of it."""
+    for cls, dim in DIMENSIONS.items():
+        if isinstance(norm, cls) and not isinstance(norm, BatchStatisticsNorm):
+            return dim
+    return before.weight.dim() - 2 if isinstance(before, _ConvNd) else getattr(norm, "dim", 2)
+
+
+def conversion(module: nn.Module, scheme: Scheme) -> Conversion:
+    """What `convert` would swap and leave. Raises `ValueError`, in one line, as `convert` does."""
+    host = type(module).__name__
+    every = list(module.named_modules(remove_duplicate=False))
+    leaves = [
+        (name, x)
+        for name, x in every
+        if isinstance(x, _BatchNorm | _ConvNd | BatchChannelNorm2d)  # which may have children
+        or not (isinstance(x, nn.Identity) or any(x.children()))
+    ]
+    whole = [n for n, x in leaves if isinstance(x, _BatchNorm | BatchChannelNorm2d)]
+    inside = tuple(f"{name}." for name in whole if name)  # the activation of timm's norm-act layers
+    leaves = [(name, x) for name, x in leaves if not name.startswith(inside)]
+    plan = Conversion(module, scheme)
+
+    # The norms, and the layer with weights ahead of each.
+    norms: dict[str, Any] = {}
+    ahead: dict[str, Any] = {}
+    weighted: Any = None
+    for name, layer in leaves:
+        if isinstance(layer, LazyModuleMixin) and layer.has_uninitialized_params():
+            raise ValueError(
+                f"{name} of {host}: {type(layer).__name__} does not know its channels yet; "
+                f"expected a network that has seen one batch"
+            )
+        if isinstance(layer, _BatchNorm):
+            flat = isinstance(layer, nn.BatchNorm1d) and not (
+                isinstance(weighted, _ConvNd)
+                and weighted.weight.dim() == 3
+                and weighted.out_channels == layer.num_features
+            )
+            if flat:
+                plan.left[name] = "no maps: it follows no 1-d convolution of as many channels"
+            elif is_parametrized(layer):
+                plan.left[name] = "its weight is parametrized"
+            else:
+                norms[name], ahead[name] = layer, weighted
+        elif isinstance(layer, BatchChannelNorm2d):
+            plan.left[name] = "has been converted already"
+        elif any(True for _ in layer.parameters(recurse=False)):
+            weighted = layer
+            if "Norm" in type(layer).__name__:
+                plan.left[name] = "is no batch norm"
+        elif "BatchNorm" in type(layer).__name__:
+            plan.left[name] = "frozen: it has no statistics of batches"
+    if not norms:
+        there = Counter(
+            type(layer).__name__ for _, layer in leaves if "Norm" in type(layer).__name__
+        )
+        found = ", ".join(f"{count} {kind}" for kind, count in there.items()) or "no norm at all"
+        raise ValueError(
+            f"{host} has no batch norm of maps, so there is nothing to swap; it has {found}"
+        )
+
+    # The convolutions.
+    names = [name for name, _ in leaves]
+    last = names.index(list(norms)[-1])
+    convolutions: dict[nn.Module, str] = {}  # those that are the scheme's business: why they stay
+    new: dict[nn.Module, nn.Module] = {}  # one for one, so that what is shared stays shared
+    following = [x for _, x in leaves[1:]] + [None]
+    for i, ((name, layer), after) in enumerate(zip(leaves, following, strict=True)):
+        if not isinstance(layer, _ConvNd) or layer in convolutions:
+            continue
+        if not ((layer.bias is None and i < last) or isinstance(after, _BatchNorm)):
+            plan.left[name] = "no norm follows it"
+            continue
+        convolutions[layer] = why = _why_plain(layer)
+        try:
+            swap = None if why else _new_conv(layer, scheme)
+        except ValueError as error:
+            raise ValueError(
+                f"{name} of {host}: {error}; expected another norm or network"
+            ) from error
+        if swap is not None:
+            new[layer] = swap
+        elif why:
+            plan.left[name] = why
+    _check_premise(plan, scheme, norms, ahead, new, convolutions)
+    first, *_, end = [*norms, *norms]
+    for name, layer in norms.items():
+        if layer not in new:
+            dim = _dimensions(layer, ahead[name])
+            new[layer] = _new_norm(layer, scheme, name in (first, end), dim)
+    plan.swapped = {name: new[layer] for name, layer in leaves if layer in new}
+    return plan
+
+
+def _check_premise(
+    plan: Conversion,
+    scheme: Scheme,
+    norms: dict[str, Any],
+    ahead: dict[str, Any],
+    new: dict[nn.Module, nn.Module],
+    convolutions: dict[nn.Module, str],
+) -> None:
+    """Where the scheme has convolutions of its own: refuse the host whose norms stand behind others
+    if the method needs them, else warn of it."""
+    with torch.device("meta"):
+        own = isinstance(scheme.conv(2, 2, 3), StandardizedConv)
+    if not own:
+        return
+    stay = [name for name, conv in ahead.items() if isinstance(conv, _ConvNd) and conv not in new]
+    host, count = type(plan.host).__name__, len(norms)
+    if not new or (scheme.needs_conv and stay):
+        first = ahead[stay[0]] if stay else None
+        why = convolutions.get(first, "") if first is not None else ""
+        reason = why or "it has a bias and no norm right behind it"
+        raise ValueError(
+            f"norm={scheme.name}: {len(stay)} of {count} norms of {host} stand behind a "
+            f"convolution that stays ({stay[0] if stay else 'all'}: {reason}), where the method is "
+            f"another; expected norm=bn, gn or another that keeps the convolutions"
+        )
+    if stay:
+        warnings.warn(
+            f"norm={scheme.name}: {len(stay)} of {count} norms of {host} stand behind a "
+            f"convolution that is not standardized, the first of them {stay[0]}",
+            stacklevel=4,
+        )
 
 
 def convert(module: nn.Module, scheme: Scheme) -> nn.Module:
     """Swap the convolutions and batch norms of `module`, in place, for those of `scheme`.
 
-    Returns the module. Raises `ValueError` if there is nothing to swap, or if the scheme's options
-    fit none of its layers.
+    Returns the module, the scheme's layer itself if it is one to swap. Raises `ValueError`, and
+    leaves the module as it was, if there is nothing to swap, if the scheme's options fit none of
+    its layers, or if the method would not be the method there. `conversion` lists what it does.
     """
-    host = nn.ModuleDict({"host": module})  # so that `module` itself can be a layer to swap
-    leaves = [
-        (name, x)
-        for name, x in host.named_modules(remove_duplicate=False)
-        if isinstance(x, nn.BatchNorm2d | nn.Conv2d)  # which may have children
-        or not (isinstance(x, nn.Identity) or any(x.children()))
-    ]
-    norms = [name for name, x in leaves if isinstance(x, nn.BatchNorm2d)]
-    inside = tuple(f"{name}." for name in norms)  # the activation of timm's norm-act layers
-    leaves = [(name, x) for name, x in leaves if not name.startswith(inside)]
-    if not norms:
-        raise ValueError(f"{type(module).__name__} has no batch norm, so there is nothing to swap")
-    ahead = [name for name, _ in leaves].index(norms[-1])  # layers before the last norm
-
-    new: dict[nn.Module, nn.Module] = {}  # one for one, so that what is shared stays shared
-    following = [x for _, x in leaves[1:]] + [None]
-    for i, ((name, layer), after) in enumerate(zip(leaves, following, strict=True)):
-        if layer in new:
-            continue
-        if isinstance(layer, nn.BatchNorm2d):
-            new[layer] = _new_norm(layer, scheme, name in (norms[0], norms[-1]))
-        elif isinstance(layer, nn.Conv2d) and (
-            (layer.bias is None and i < ahead) or isinstance(after, nn.BatchNorm2d)
-        ):
-            try:
-                new[layer] = _new_conv(layer, scheme)
-            except ValueError as error:
-                where = f"{name.removeprefix('host.')} of {type(module).__name__}"
-                raise ValueError(f"{where}: {error}; expected another norm or network") from error
-    for name, layer in leaves:  # only now, so that an error leaves the network as it was
-        if layer in new:
-            replace_child(host, name, new[layer])
-    module = host["host"]
-    if scheme.check:
-        scheme.check(module)
-    return module
+    return conversion(module, scheme).apply()

@@ -14,12 +14,13 @@ import torch
 from timm.layers import EvoNorm2dB0
 from torch import Tensor, nn
 
-from norms import moments as m
-from norms.evonorm_s0 import check_acts
-from norms.scheme import Scheme, conv, frozen_affine
+from . import moments as m
+from .evonorm_s0 import check_acts
+from .layer import Leaf
+from .scheme import CONV, Scheme, conv, frozen_batch_norm
 
 
-class EvoNormB0(EvoNorm2dB0):
+class EvoNormB0(Leaf, EvoNorm2dB0):
     """timm's layer over groups of `batch_size` images (None: all), one after another.
 
     Shapes: (N, C, H, W) -> (N, C, H, W). Raises `ValueError` where a group holds one value per
@@ -31,18 +32,19 @@ class EvoNormB0(EvoNorm2dB0):
         self.batch_size = batch_size
 
     def forward(self, x: Tensor) -> Tensor:
-        m.check_4d(x)
+        m.check_input(x, len(self.weight))
         if not self.training:
             return super().forward(m.promote(x)).to(x.dtype)
         m.check_variance(x, self.batch_size)
-        size = self.batch_size or x.shape[0]
-        m.check_groups(x, size)
-        parts = [super(EvoNormB0, self).forward(part) for part in m.promote(x).split(size)]
+        parts = m.promote(x).chunk(m.count_groups(x, self.batch_size))
+        parts = [super(EvoNormB0, self).forward(part) for part in parts]
         return torch.cat(parts).to(x.dtype)
 
     def fold(self) -> nn.Module:
         """What it computes in evaluation, in PyTorch's own layers: see `norms/fold.py`."""
-        return self if self.apply_act else frozen_affine(self.weight, self.bias)
+        if self.apply_act:
+            return self
+        return frozen_batch_norm(self, None, torch.full_like(self.bias, 1 - self.eps))
 
 
 def scheme(batch_size: int | None = None, eps: float = 1e-3, momentum: float = 0.1) -> Scheme:
@@ -50,7 +52,7 @@ def scheme(batch_size: int | None = None, eps: float = 1e-3, momentum: float = 0
     norm = partial(EvoNormB0, batch_size=batch_size, eps=eps, momentum=momentum)
     return Scheme(
         name="evonorm_b0",
-        conv=partial(conv, nn.Conv2d),
+        conv=partial(conv, CONV),
         norm=partial(norm, apply_act=False),
         norm_act=norm,
         check=partial(check_acts, name="evonorm_b0"),

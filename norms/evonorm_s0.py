@@ -12,15 +12,17 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import torch
 from timm.layers import EvoNorm2dS0
 from torch import Tensor, nn
 
-from norms.gn import check_groups, fit_groups
-from norms.moments import promote
-from norms.scheme import Scheme, conv, frozen_affine
+from .gn import check_groups, fit_groups
+from .layer import Leaf
+from .moments import promote
+from .scheme import CONV, Scheme, conv, frozen_batch_norm
 
 
-class EvoNormS0(EvoNorm2dS0):
+class EvoNormS0(Leaf, EvoNorm2dS0):
     """timm's layer, in float32 for half precision; (N, C, H, W) -> (N, C, H, W)."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -36,7 +38,9 @@ class EvoNormS0(EvoNorm2dS0):
 
     def fold(self) -> nn.Module:
         """What it computes in evaluation, in PyTorch's own layers: see `norms/fold.py`."""
-        return self if self.apply_act else frozen_affine(self.weight, self.bias)
+        if self.apply_act:
+            return self
+        return frozen_batch_norm(self, None, torch.full_like(self.bias, 1 - self.eps))
 
 
 def check_acts(model: nn.Module, name: str) -> None:
@@ -65,7 +69,7 @@ def scheme(
     norm = partial(layer, groups=groups, min_channels=min_channels, eps=eps)
     return Scheme(
         name="evonorm_s0",
-        conv=partial(conv, nn.Conv2d),
+        conv=partial(conv, CONV),
         norm=partial(norm, apply_act=False),
         norm_act=norm,
         batch_free=True,

@@ -12,25 +12,29 @@ import warnings
 from collections import Counter
 from typing import Any
 
-from torch import fx, nn
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.nn.utils.parametrize import is_parametrized
 
-from norms.convert import _activate
-from norms.scheme import frozen_batch_norm, replace_child
+from .convert import _activate, replace_module
+from .scheme import CONV, frozen_batch_norm
+from .standardized import StandardizedConv
+
+PLAIN = tuple(CONV.values())
 
 
 class _Tracer(fx.Tracer):
     """Follows a network down to convolutions and norms."""
 
     def is_leaf_module(self, m: nn.Module, qualified_name: str) -> bool:
-        whole = isinstance(m, nn.Conv2d) or _is_norm(m)
-        whole = whole or not any(m.children()) or bool(m._forward_hooks)
-        return whole or super().is_leaf_module(m, qualified_name)
+        whole = isinstance(m, PLAIN) or _is_norm(m) or not any(m.children())
+        return whole or bool(m._forward_hooks) or super().is_leaf_module(m, qualified_name)
 
 
 def _is_norm(layer: nn.Module) -> bool:
-    return isinstance(layer, nn.BatchNorm2d) or hasattr(layer, "fold")
+    return isinstance(layer, _BatchNorm) or hasattr(layer, "fold")
 
 
 def _is_plain(layer: nn.Module) -> bool:
@@ -39,37 +43,39 @@ def _is_plain(layer: nn.Module) -> bool:
     return all(hook is _activate for hook in hooks) and not is_parametrized(layer)
 
 
-def _convolutions_before(network: nn.Module) -> dict[str, str]:
+def _convolutions_before(network: nn.Module) -> dict[nn.Module, nn.Module]:
     """{norm: convolution} where a norm is all that uses a convolution's output."""
-    if _is_norm(network) or isinstance(network, nn.Conv2d):
+    if _is_norm(network) or isinstance(network, PLAIN):
         return {}
     try:
         graph = _Tracer().trace(network)
     except Exception as error:  # whatever a network's own code raises on symbols
         warnings.warn(
-            f"norms.fold: {type(network).__name__} cannot be traced ({type(error).__name__}); its "
-            f"norms become batch norms and are not merged into convolutions",
+            f"fold: {type(network).__name__} cannot be traced ({type(error).__name__}); its norms "
+            f"become batch norms and are not merged into convolutions",
             stacklevel=3,
         )
         return {}
-    calls = [node for node in graph.nodes if node.op == "call_module"]
-    names = [str(node.target) for node in calls]
-    places = Counter(layer for _, layer in network.named_modules(remove_duplicate=False))
+    calls = {
+        node: network.get_submodule(str(node.target))
+        for node in graph.nodes
+        if node.op == "call_module"
+    }
+    uses = Counter(calls.values())
     pairs = {}
-    for node in calls:
+    for node, norm in calls.items():
         before = node.args[0] if node.args else None
-        if isinstance(before, fx.Node) and before.op == "call_module" and len(before.users) == 1:
-            pair = str(node.target), str(before.target)
-            conv = network.get_submodule(pair[1])
-            is_conv = isinstance(conv, nn.Conv2d) and _is_plain(conv) and places[conv] == 1
-            if is_conv and all(names.count(name) == 1 for name in pair):
-                pairs[pair[0]] = pair[1]
+        if not isinstance(before, fx.Node) or before not in calls or len(before.users) > 1:
+            continue
+        conv = calls[before]
+        if isinstance(conv, PLAIN) and _is_plain(conv) and uses[conv] == uses[norm] == 1:
+            pairs[norm] = conv
     return pairs
 
 
-def _plain_conv(layer: Any) -> nn.Conv2d:
+def _plain_conv(layer: Any) -> nn.Module:
     """The convolution with the weights that it uses."""
-    plain = nn.Conv2d(
+    plain = CONV[layer.weight.dim() - 2](
         layer.in_channels,
         layer.out_channels,
         layer.kernel_size,
@@ -92,40 +98,55 @@ def _plain_norm(layer: Any) -> list[nn.Module]:
         if plain is layer:
             return [layer]
     elif layer.running_var is not None:
-        weight, bias = layer.weight, layer.bias
-        if weight is None:  # affine=False
-            weight, bias = layer.running_var.new_ones(layer.num_features), layer.running_var * 0
-        plain = frozen_batch_norm(weight, bias, layer.running_mean, layer.running_var, layer.eps)
+        plain = frozen_batch_norm(layer, layer.running_mean, layer.running_var)
     else:
         return [layer]  # it has no running statistics
     parts = list(plain) if isinstance(plain, nn.Sequential) else [plain]
     return parts + [getattr(layer, name) for name in ("drop", "act") if hasattr(layer, name)]
 
 
+def _copy(module: nn.Module) -> nn.Module:
+    """A deep copy, also of a network that keeps tensors of its last pass (weight norm does)."""
+    memo: dict[int, Any] = {}
+    for layer in module.modules():
+        for value in vars(layer).values():
+            if isinstance(value, Tensor) and not value.is_leaf:
+                memo[id(value)] = value.detach().clone()
+    return copy.deepcopy(module, memo)
+
+
+@torch.no_grad()
 def fold(module: nn.Module) -> nn.Module:
     """A copy of `module` for inference, in evaluation mode, with everything foldable folded away.
 
     Same inputs, same outputs within float tolerance; parameters need no gradient, names of modules
-    stay. A network that `torch.fx` cannot trace keeps its norms, as PyTorch's batch norms, and a
-    warning says so; layers to which somebody has added hooks or parametrizations stay as they are.
+    stay, and what is one module under two names stays one. A network that `torch.fx` cannot trace
+    keeps its norms, as PyTorch's batch norms, and a warning says so; layers to which somebody has
+    added hooks or parametrizations stay as they are.
     """
-    network = copy.deepcopy(module).eval()
-    before = {f"net.{k}": f"net.{v}" for k, v in _convolutions_before(network).items()}
+    network = _copy(module).eval()
+    before = _convolutions_before(network)
     root = nn.ModuleDict({"net": network})  # so that `module` itself can be a layer to replace
-    for name, layer in list(root.named_modules()):
-        if hasattr(layer, "standardized") and _is_plain(layer):
-            replace_child(root, name, _plain_conv(layer))
-    norms = [(name, x) for name, x in root.named_modules() if _is_norm(x) and _is_plain(x)]
-    inside = tuple(f"{name}." for name, _ in norms)
-    for name, layer in [(name, x) for name, x in norms if not name.startswith(inside)]:
+    layers = list(root.named_modules(remove_duplicate=False))
+    new: dict[nn.Module, nn.Module] = {
+        layer: _plain_conv(layer)
+        for layer in network.modules()
+        if isinstance(layer, StandardizedConv) and _is_plain(layer)
+    }
+    whole = tuple(f"{name}." for name, x in layers if _is_norm(x) and _is_plain(x))
+    for name, layer in layers:
+        if not (_is_norm(layer) and _is_plain(layer)) or layer in new or name.startswith(whole):
+            continue
         parts = _plain_norm(layer)
         if parts == [layer]:
             continue
-        first: Any = parts[0]
-        if name in before and isinstance(first, nn.BatchNorm2d):
-            conv: Any = root.get_submodule(before[name])
-            replace_child(root, before[name], fuse_conv_bn_eval(conv, first))
+        if layer in before and isinstance(parts[0], _BatchNorm):
+            conv: Any = before[layer]
+            new[conv] = fuse_conv_bn_eval(new.get(conv, conv), parts[0])
             parts = parts[1:]
         parts = [p for p in parts if not isinstance(p, nn.Identity)] or [nn.Identity()]
-        replace_child(root, name, nn.Sequential(*parts) if len(parts) > 1 else parts[0])
+        new[layer] = nn.Sequential(*parts) if len(parts) > 1 else parts[0]
+    for name, layer in layers:
+        if layer in new:
+            replace_module(root, name, new[layer])
     return root["net"].eval().requires_grad_(False)

@@ -11,13 +11,14 @@ paper learns it for maps of 1x1.
 from functools import partial
 
 from timm.layers import FilterResponseNormTlu2d
-from torch import Tensor, nn
+from torch import Tensor
 
-from norms.moments import promote
-from norms.scheme import Scheme, conv
+from .layer import Leaf
+from .moments import promote
+from .scheme import CONV, Scheme, conv
 
 
-class FilterResponseNorm2d(FilterResponseNormTlu2d):
+class FilterResponseNorm2d(Leaf, FilterResponseNormTlu2d):
     """timm's layer, which squares in the type of x: never in half precision here."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -28,7 +29,7 @@ def scheme(batch_size: int | None = None, eps: float = 1e-5) -> Scheme:
     """Plain convolutions and timm's `FilterResponseNormTlu2d`."""
     return Scheme(
         name="frn",
-        conv=partial(conv, nn.Conv2d),
+        conv=partial(conv, CONV),
         norm=partial(FilterResponseNorm2d, apply_act=False, eps=eps),
         norm_act=partial(FilterResponseNorm2d, eps=eps),
         batch_free=True,

@@ -19,7 +19,7 @@ from typing import Any
 
 from torch import nn
 
-from norms.scheme import Scheme, conv
+from .scheme import CONV, Scheme, conv
 
 
 def fit_groups(channels: int, groups: int, min_channels: int = 2) -> int:
@@ -89,7 +89,7 @@ def scheme(
     norm, check = grouping(groups, min_channels, channels_per_group, eps)
     return Scheme(
         name="gn",
-        conv=partial(conv, nn.Conv2d),
+        conv=partial(conv, CONV),
         norm=norm,
         zero_init=True,
         batch_free=True,

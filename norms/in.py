@@ -10,18 +10,19 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from norms import moments as m
-from norms.scheme import Scheme, conv
+from . import moments as m
+from .layer import Leaf
+from .scheme import CONV, Scheme, conv
 
 
-class InstanceNorm2d(nn.GroupNorm):
+class InstanceNorm2d(Leaf, nn.GroupNorm):
     """(N, C, H, W) -> (N, C, H, W); `ValueError` on maps of 1x1, which have no variance."""
 
     def __init__(self, num_features: int, eps: float = 1e-5):
         super().__init__(num_features, num_features, eps)
 
     def forward(self, x: Tensor) -> Tensor:
-        m.check_4d(x)
+        m.check_input(x, self.num_channels)
         if x.shape[2] * x.shape[3] < 2:
             raise ValueError(
                 "norm=in: one value per channel, on maps of 1x1, has no variance; expected larger "
@@ -34,7 +35,7 @@ def scheme(batch_size: int | None = None, eps: float = 1e-5) -> Scheme:
     """Plain convolutions and instance norm."""
     return Scheme(
         name="in",
-        conv=partial(conv, nn.Conv2d),
+        conv=partial(conv, CONV),
         norm=partial(InstanceNorm2d, eps=eps),
         zero_init=True,
         batch_free=True,

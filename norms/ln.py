@@ -10,14 +10,14 @@ from functools import partial
 
 from torch import nn
 
-from norms.scheme import Scheme, conv
+from .scheme import CONV, Scheme, conv
 
 
 def scheme(batch_size: int | None = None, eps: float = 1e-5) -> Scheme:
     """Plain convolutions and group norm with a single group."""
     return Scheme(
         name="ln",
-        conv=partial(conv, nn.Conv2d),
+        conv=partial(conv, CONV),
         norm=partial(nn.GroupNorm, 1, eps=eps),
         zero_init=True,
         batch_free=True,

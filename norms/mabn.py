@@ -26,167 +26,157 @@ At test time y = gamma * x / sqrt(chi_run + eps) + beta. All counts are of batch
 optimizer steps, whatever passes through the network at once. The window crosses a weight update in
 both: part of it was made by older weights.
 
-Passes over activations as in batch norm: forward x is read for chi, and again while y is written;
-backward x and dL/dy are read for the sums, and again while dL/dx is written.
+This backward pass is not the derivative of the forward one, so it is a function of its own here,
+and has no derivative.
 """
 
-from collections.abc import Sequence
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
-from norms import cpu_kernels
-from norms import moments as m
-from norms import numbers as num
-from norms.numbers import Array
-from norms.scheme import Scheme, conv, frozen_batch_norm
+from . import moments as m
+from .layer import BatchStatisticsNorm
+from .scheme import Scheme, conv, frozen_batch_norm
+from .standardized import StandardizedConv
 
 
-class _Center(torch.autograd.Function):
-    """Each filter less its mean: a projection, and so is its own gradient."""
-
-    @staticmethod
-    def forward(ctx, weight):
-        return weight - weight.mean((1, 2, 3), keepdim=True)
-
-    @staticmethod
-    def backward(ctx, dy):
-        return dy - dy.mean((1, 2, 3), keepdim=True)
-
-
-class CenteredConv2d(nn.Conv2d):
-    """`nn.Conv2d` whose filters have zero mean (weight centralization)."""
+class WeightCentralization(StandardizedConv):
+    """A convolution whose filters have zero mean; takes what PyTorch's convolution takes."""
 
     def standardized(self) -> Tensor:
-        """The weights that the convolution uses."""
-        return _Center.apply(self.weight)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self._conv_forward(x, self.standardized(), self.bias)
+        dims = tuple(range(1, self.weight.dim()))
+        return self.weight - self.weight.mean(dims, keepdim=True)
 
 
-def _window_mean(window: Array, new: Array, own: Array) -> Array:
-    """For each of G new (G, C) values the mean of the last m, itself included; `window` holds the
-    m values before, oldest first, and is moved on. Where `own`, just the value itself."""
-    xp, size = num.namespace(new), len(window)
-    values = xp.concat([window[1:], new])
-    window[...] = values[-size:]
-    return xp.where(own, new, num.window_means(values, size))
+class CenteredConv1d(WeightCentralization, nn.Conv1d):
+    """(N, C, L) -> (N, C, L)."""
 
 
-def _release(layer: "MABN2d", square: Array, state: Sequence[Array]) -> tuple[Array, ...]:
-    """From chi of each of G batches: chi_bar, chi_run before it, whether r is free and whether a
-    batch uses its own values; and the layer's state moved on."""
-    running, window, tracked = state
-    step = tracked + num.namespace(square).arange(1, len(square) + 1, device=square.device)[:, None]
-    own = step < max(len(window) + 1, layer.warmup)
-    chi = _window_mean(window, square, own)
-    before, after = num.moving_average(running, chi, 1 - layer.momentum)
-    before = before + 0  # not the buffer itself
-    running[...] = after[-1]
-    return chi, before, step > max(1000, layer.warmup), own
+class CenteredConv2d(WeightCentralization, nn.Conv2d):
+    """(N, C, H, W) -> (N, C, H, W)."""
 
 
-def _imagenet(layer: "MABN2d", square: Array, state: Sequence[Array]) -> tuple[Array, ...]:
-    """The same in the other version."""
-    running, window, tracked, total, inside, steps = state
-    where = num.namespace(square).where
-    own = (tracked - inside < len(window)).reshape(1, 1)
-    chi = _window_mean(window, square, own)
-    before, free = running[None] + 0, steps + 1 >= layer.warmup
-    total += chi.sum(0)
-    inside += len(square)
-    ends = inside >= (layer.batches_per_step or len(square))
-    mean = total / inside
-    moved = where(steps == 0, mean, num.lerp(mean, running, layer.momentum))
-    running[...] = where(ends, moved, running)
-    total[...] = where(ends, 0.0, total)
-    inside[...] = where(ends, 0, inside)
-    steps += ends
-    return chi, before, free, own
+class CenteredConv3d(WeightCentralization, nn.Conv3d):
+    """(N, C, D, H, W) -> (N, C, D, H, W)."""
+
+
+CENTERED_CONV = {1: CenteredConv1d, 2: CenteredConv2d, 3: CenteredConv3d}
+
+
+def window_means(window: Tensor, new: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
+    """For each of G new (G, C) values the mean of the last m, itself included, or, where `own`,
+    just the value itself; and the m last values. `window`: the m values before, oldest first."""
+    size = len(window)
+    values = torch.cat([window[1:], new.to(window.dtype)])
+    means = values.unfold(0, size, 1).mean(-1) if len(new) > 1 else values.mean(0, keepdim=True)
+    return torch.where(own, new, means), values[-size:]
+
+
+NO_VMAP = (
+    "MABN2d: in training its statistics and gradients move from batch to batch, which torch.vmap "
+    "cannot follow; expected evaluation mode"
+)
+
+
+class _NoDerivative(torch.autograd.Function):
+    """Its first argument, which depends on the others; asked for the derivative, an error."""
+
+    @staticmethod
+    def forward(dx: Tensor, *on: Tensor) -> Tensor:
+        return dx.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        raise RuntimeError(
+            "MABN2d: its backward pass is not the derivative of a function, so there is no second "
+            "derivative through it in training; norm=bcn and norm=gn have one"
+        )
 
 
 class _MABN(torch.autograd.Function):
-    """y and its gradients for all groups of a batch at once.
+    """y = weight * gain * x + bias, and MABN's gradient, for all groups of a batch at once.
 
-    x: (N, C, H, W); weight, bias: (C,); gain, inverse: (G, C); own: (G, 1) or (1, 1). `window`,
-    (m, C), holds psi of the batches before and is moved on by the backward pass.
+    x: (N, C, *); weight, bias: (C,); gain, inverse: (G, C); own: (G, 1). `window`, (m, C), holds
+    psi of the batches before, which the first backward pass moves on unless `frozen`.
     """
 
     @staticmethod
-    @num.quiet
-    def forward(ctx, x, weight, bias, gain, inverse, own, window):
+    def forward(
+        x: Tensor, weight: Tensor, bias: Tensor, gain: Tensor, inverse: Tensor, own: Tensor,
+        window: Tensor, frozen: bool,
+    ) -> Tensor:  # fmt: skip
+        return m.scale_and_shift(x, m.expand_groups(weight * gain, x.shape[0]), bias[None])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
+        x, weight, _, gain, inverse, own, ctx.window, ctx.frozen = inputs
         ctx.save_for_backward(x, weight, gain, inverse, own)
-        ctx.window = window
-        _, weight, bias, gain = num.arrays(weight, bias, gain)
-        scale = num.spread(weight * gain, len(x))
-        return m.affine(x, scale, bias[None])
+        ctx.before = None
 
     @staticmethod
-    @once_differentiable
-    @num.quiet
-    def backward(ctx, dy):
-        x, *saved = ctx.saved_tensors
-        groups, images = len(saved[1]), len(x)
-        if kernels := m.number_kernels(x, groups):
-            a, b, *gradients = kernels.mabn_backward(dy, x, *saved, ctx.window)
-        else:
-            sums = m.sums(dy, x, rows=1 if groups == 1 else images)
-            _, *numbers = num.arrays(*sums, *saved, ctx.window)
-            a, b, *gradients = _gradients(*numbers, n=x.numel() // saved[1].numel())
-        dx = m.combine(dy, num.spread(a, images), x, num.spread(b, images))
-        return dx, *map(num.tensor, gradients), None, None, None, None
-
-
-class _Compiled(torch.autograd.Function):
-    """The same, and `MABN2d.update` before it, where norms/cpu_kernels.c has them."""
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        if torch._C._functorch.is_batchedtensor(dy):
+            raise RuntimeError(NO_VMAP)
+        saved = ctx.saved_tensors
+        if ctx.before is None:
+            ctx.before = ctx.window.clone()
+        gradients, psi = gradients_of(dy, *saved, ctx.before)
+        if not ctx.frozen:
+            ctx.window.copy_(torch.where(psi.isfinite().all(), psi, ctx.window))
+            ctx.frozen = True  # another pass over this graph finds what this one found
+        if torch.is_grad_enabled():
+            gradients = [_NoDerivative.apply(g, dy, *saved[:2]) for g in gradients]
+        return *gradients, None, None, None, None, None
 
     @staticmethod
-    def forward(ctx, x, weight, bias, window, *state_and_options):
-        y, *kept = cpu_kernels.mabn_forward(x, weight, bias, *state_and_options)
-        ctx.save_for_backward(x, weight, *kept)
-        ctx.window = window
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy):
-        x, *saved = ctx.saved_tensors
-        return *cpu_kernels.mabn_backward(dy, x, *saved, window=ctx.window), *(None,) * 8
+    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+        raise RuntimeError(NO_VMAP)
 
 
-def _gradients(
-    total: Array, product: Array, weight: Array, gain: Array, inverse: Array, own: Array,
-    window: Array, *, n: int,
-) -> tuple[Array, ...]:  # fmt: skip
-    """From the sums of dL/dy and x dL/dy over n values: a and b, (G, C), of dL/dx = a dL/dy + b x,
-    and the gradients of weight and bias."""
-    product, a = num.gather(product, len(gain)), weight * gain
-    b = -(inverse**2) * _window_mean(window, a * product / n, own)
-    return a, b, (gain * product).sum(0), total.sum(0)
+def gradients_of(
+    dy: Tensor, x: Tensor, weight: Tensor, gain: Tensor, inverse: Tensor, own: Tensor,
+    window: Tensor,
+) -> tuple[list[Tensor], Tensor]:  # fmt: skip
+    """The gradients of x, weight and bias, and the window moved on."""
+    maps = tuple(range(2, x.dim()))
+    total, product = m.promote(dy), m.promote(dy) * x
+    if maps:
+        total, product = total.sum(maps), product.sum(maps)
+    total, product = m.sum_groups(total, len(gain)), m.sum_groups(product, len(gain))
+    a = weight * gain
+    psi_bar, moved = window_means(window, a * product * (total.numel() / x.numel()), own)
+    b = -(inverse**2) * psi_bar
+    a, b = (m.over_maps(m.expand_groups(v, x.shape[0]), x) for v in (a, b))
+    dx = (dy * a + x * b).to(x.dtype)
+    return [dx, (gain * product).sum(0), total.sum(0)], moved
 
 
-class MABN2d(nn.Module):
+class MABN2d(BatchStatisticsNorm):
     """MABN over groups of `batch_size` images (None: all of a batch, which then is the window).
 
-    Shapes: (N, C, H, W) -> (N, C, H, W); in training N must be a multiple of `batch_size`, else
-    `ValueError`. The window holds max(1, ceil(moving_average_batch_size / batch_size)) batches;
-    `momentum` is the weight of the old running value; `warmup` counts batches ("release") or
+    Shapes: (N, C, *) -> (N, C, *); in training N must be a multiple of `batch_size`, else
+    `ValueError`. The window holds max(1, ceil(moving_average_batch_size / batch_size)) batches.
+    `momentum` is the weight of the old running value, as in the paper; the attribute of that name
+    is the weight of the new one, as in PyTorch's layers. `warmup` counts batches ("release") or
     optimizer steps ("imagenet"), which have `batches_per_step` batches (None: a forward pass is a
-    step).
+    step). Under a gradient scaler whose factor changes, the window would mix gradients of different
+    scales: inputs of float16 are refused in training.
     """
 
-    running_square: Tensor
     window_square: Tensor
     window_product: Tensor
+    running_square: Tensor
+    num_batches_averaged: Tensor
     step_square: Tensor
     batches_in_step: Tensor
-    num_steps_tracked: Tensor
-    num_batches_tracked: Tensor
+    num_steps: Tensor
 
     def __init__(
         self,
@@ -198,75 +188,114 @@ class MABN2d(nn.Module):
         eps: float = 1e-5,
         version: Literal["release", "imagenet"] = "release",
         batches_per_step: int | None = None,
+        affine: bool = True,
+        device: Any = None,
+        dtype: Any = None,
     ):
-        super().__init__()
         if version not in ("release", "imagenet"):
             raise ValueError(f"norm.version={version}: expected release or imagenet")
-        self.num_features, self.batch_size = num_features, batch_size
-        self.momentum, self.warmup, self.eps = momentum, warmup, eps
-        self.version, self.batches_per_step = version, batches_per_step
-        window = max(1, -(-moving_average_batch_size // batch_size)) if batch_size else 1
-        self.weight = nn.Parameter(torch.ones(num_features))
-        self.bias = nn.Parameter(torch.zeros(num_features))
-        self.register_buffer("running_square", torch.ones(num_features))
-        self.register_buffer("window_square", torch.zeros(window, num_features))
-        self.register_buffer("window_product", torch.zeros(window, num_features))
+        if not 0 <= momentum < 1:
+            raise ValueError(f"norm.momentum={momentum}: expected a number from 0, below 1")
+        self.state = {"running_square": 1.0, "window_square": 0.0, "window_product": 0.0}
         if version == "imagenet":
-            self.register_buffer("step_square", torch.zeros(num_features))
-            self.register_buffer("batches_in_step", torch.tensor(0))
-            self.register_buffer("num_steps_tracked", torch.tensor(0))
-        self.register_buffer("num_batches_tracked", torch.tensor(0))
+            self.state |= {"step_square": 0.0, "batches_in_step": 0, "num_steps": 0}
+        self.state |= {"num_batches_averaged": 0}
+        size = max(1, -(-moving_average_batch_size // batch_size)) if batch_size else 1
+        shapes = dict.fromkeys(("window_square", "window_product"), (size, num_features))
+        super().__init__(
+            num_features, batch_size, eps, 1 - momentum, affine, device, dtype, **shapes
+        )
+        self.warmup, self.version, self.batches_per_step = warmup, version, batches_per_step
 
     def forward(self, x: Tensor) -> Tensor:
-        m.check_4d(x)
-        if self.training:
-            inputs, tracked = (x, self.weight, self.bias), self.num_batches_tracked
-            kept = (self.window_product, self.running_square, self.window_square, tracked)
-            if self.version == "release" and cpu_kernels.take(*inputs, *kept):
-                groups = m.count_groups(x, self.batch_size)
-                y = _Compiled.apply(*inputs, *kept, groups, self.warmup, self.momentum, self.eps)
-                tracked += groups
-                return y
-            return _MABN.apply(*inputs, *self.update(x.detach()), self.window_product)
-        mean = torch.zeros_like(self.running_square)
-        state = (mean, self.running_square, self.weight, self.bias)
-        return F.batch_norm(x, *state, training=False, eps=self.eps)
-
-    @num.quiet
-    def update(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Move the forward state on; returns r / sqrt(chi_bar + eps), 1 / sqrt(chi_bar + eps) and
-        which batches use their own values."""
-        state = [self.running_square, self.window_square, self.num_batches_tracked]
+        m.check_input(x, self.num_features)
+        if not self.training or x.shape[0] == 0:
+            state = (self.running_mean, self.running_square, self.weight, self.bias)
+            return F.batch_norm(x, *state, training=False, eps=self.eps)
+        if x.dtype == torch.float16 and torch.is_grad_enabled():
+            raise ValueError(
+                "MABN2d: averages gradients over batches, and float16 needs a loss scale that "
+                "changes between them; expected float32 or bfloat16"
+            )
         groups = m.count_groups(x, self.batch_size)
-        if self.version == "release" and (kernels := m.number_kernels(x, groups)):
-            numbers = kernels.mabn_forward(x, *state, self.warmup, self.momentum, self.eps)
-            self.num_batches_tracked += 1
-            return numbers
-        if self.version == "imagenet":
-            state += [self.step_square, self.batches_in_step, self.num_steps_tracked]
-        xp, square, *state = num.arrays(m.mean_square(x), *state)
-        square = m.split(square, self.batch_size)
-        square = square.sum(1) / square.shape[1]  # (G, C)
-        count = _imagenet if self.version == "imagenet" else _release
-        chi, running, free, own = count(self, square, state)
-        tracked = state[2]
-        tracked += len(square)
-        root = xp.sqrt(chi + self.eps)
-        r = (root / xp.sqrt(running + self.eps)).clip(1 / 5, 5)
-        inverse = 1 / root
-        gain = xp.where(free, r, 1.0) * inverse
-        return num.tensor(gain), num.tensor(inverse), num.tensor(own)
+        square = m.sum_groups(m.mean_square(x.detach()), groups) * (groups / x.shape[0])
+        gain, inverse, own = self.once(self.update, square)
+        weight, bias = self.gain_and_shift()
+        return _MABN.apply(
+            x, weight, bias, gain, inverse, own, self.window_product, self.momentum == 0
+        )
+
+    @torch.no_grad()
+    def update(self, square: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """From chi of every group to r / sqrt(chi_bar + eps) and 1 / sqrt(chi_bar + eps), (G, C),
+        and which groups use their own values, (G, 1); and the move of the forward state."""
+        chi, running, free, own = (self.imagenet if self.version == "imagenet" else self.release)(
+            square, self.num_batches_averaged
+        )
+        root = torch.sqrt(chi + self.eps)
+        r = (root / torch.sqrt(running + self.eps)).clamp(1 / 5, 5)
+        return torch.where(free, r, 1.0) / root, 1 / root, own
+
+    def release(self, square: Tensor, count: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """chi_bar, chi_run before each group, whether its r is free and whether it uses its own
+        values."""
+        step = count + torch.arange(1, len(square) + 1, device=square.device)[:, None]
+        own = step < max(len(self.window_square) + 1, self.warmup)
+        chi, window = window_means(self.window_square, square, own)
+        before, after = m.moving_average(self.running_square, chi, self.momentum, count)
+        self.commit(
+            running_square=after[-1],
+            window_square=window,
+            num_batches_averaged=count + len(square),
+        )
+        return chi, before, step > max(1000, self.warmup), own
+
+    def imagenet(self, square: Tensor, count: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The same in the other version."""
+        steps, running = self.num_steps, self.running_square.clone()
+        own = (count - self.batches_in_step < len(self.window_square)).expand(len(square), 1)
+        chi, window = window_means(self.window_square, square, own)
+        total, inside = self.step_square + chi.sum(0), self.batches_in_step + len(square)
+        ends = inside >= (self.batches_per_step or len(square))
+        mean = total / inside
+        _, moved = m.moving_average(running, mean[None], self.momentum, steps)
+        moved = torch.where(steps == 0, mean, moved[0])
+        free = (steps + 1 >= self.warmup).expand_as(own)
+        self.commit(
+            running_square=torch.where(ends, moved, running),
+            window_square=window,
+            step_square=torch.where(ends, 0.0, total),
+            batches_in_step=torch.where(ends, 0, inside),
+            num_steps=steps + ends,
+            num_batches_averaged=count + len(square),
+        )
+        return chi, running[None], free, own
+
+    @property
+    def running_mean(self) -> Tensor:  # nothing is centred
+        return torch.zeros_like(self.running_square)
+
+    @property
+    def running_var(self) -> Tensor:
+        return self.running_square
 
     def fold(self) -> nn.Module:
         """What it computes in evaluation, in PyTorch's own layers: see `norms/fold.py`."""
-        return frozen_batch_norm(self.weight, self.bias, None, self.running_square, self.eps)
+        return frozen_batch_norm(self, None, self.running_square)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # A window of another batch size has another length: each of its new rows is its mean, so
+        # that the averages go on from where they were.
+        for name in ("window_square", "window_product"):
+            key, own = prefix + name, getattr(self, name)
+            given = state_dict.get(key)
+            same_channels = given is not None and given.shape[1:] == own.shape[1:]
+            if same_channels and len(given) != len(own):
+                state_dict[key] = given.mean(0, keepdim=True).expand(len(own), -1)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
-        window = self.window_square.shape[0]
-        return (
-            f"{self.num_features}, batch_size={self.batch_size}, window={window}, "
-            f"version={self.version}"
-        )
+        return f"{super().extra_repr()}, window={len(self.window_square)}, version={self.version}"
 
 
 def scheme(
@@ -281,7 +310,8 @@ def scheme(
     """Centred convolutions and MABN, whose window would mix gradients of different loss scales."""
     return Scheme(
         name="mabn",
-        conv=partial(conv, CenteredConv2d),
+        needs_conv=True,
+        conv=partial(conv, CENTERED_CONV),
         norm=partial(
             MABN2d,
             batch_size=batch_size,

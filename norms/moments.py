@@ -1,48 +1,16 @@
-"""Statistics that all the layers share.
+"""What the layers share: from the moments of each map to a scale and a shift.
 
-A batch norm's mean and variance over a group of images, and a channel norm's over a group of
-channels, both follow in closed form from the moments of each single map. Every layer here is
-x * scale + shift with one number per image and channel, and its gradient is a * dy + b * x + c with
-numbers that follow from each map's sums of dy and dy * x. So forward an activation is read for its
-moments, and again while y is written; backward x and dy are read for their sums, and again while dx
-is written: the passes of batch norm. Everything between is arithmetic on a few numbers per image
-and channel (`norms/numbers.py`), and these and x are all that is kept for the backward pass.
+Batch norm's mean and variance over a group of images, and a channel norm's over a group of
+channels, both follow from the moments of each single map. So a layer takes the moments of its
+input, computes with these (N, C) numbers, and returns x * scale + shift; autograd derives the
+backward pass, for which only x and such numbers are kept.
 
-`moments`, `mean_square`, `affine`, `sums` and `combine` are the functions that touch activations.
-On a GPU each is a kernel of `norms/kernels.py`, on a CPU a function of `norms/cpu_kernels.c`, in
-just those passes. On a CPU without a C compiler they call those of PyTorch's kernels that are
-vectorized, as if every map were a channel or a group (`torch.var_mean`, and batch norm of
-contiguous images, add up one value after another there), which costs two things more than those
-passes: the kernel for the moments writes the normalized maps as well, which are thrown away, and dx
-is written in two steps, unless all images are one group and it is batch norm's own gradient.
-Everywhere else they are plain operations, which a compiler of PyTorch's fuses.
+Shapes: (N, C, *) for activations, (N, C) for maps, (G, C) for groups of images that share
+statistics, in order.
 """
-
-from functools import cache, lru_cache
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
-
-from norms import cpu_kernels
-from norms.numbers import Array, arrays, eager, gather, plain, pool, quiet, spread, tensor
-
-_batch_norm_backward = torch.ops.aten.native_batch_norm_backward.default
-_unsafe_view = torch.ops.aten._unsafe_view.default
-
-
-def check_4d(x: Tensor) -> None:
-    if x.dim() != 4:
-        raise ValueError(f"expected (N, C, H, W), got a tensor of {x.dim()} dimensions")
-
-
-def check_groups(x: Tensor, batch_size: int) -> None:
-    if x.shape[0] % batch_size:
-        raise ValueError(
-            f"{x.shape[0]} images cannot be split into groups of batch size {batch_size}; in "
-            f"training, pass multiples of it"
-        )
 
 
 def promote(x: Tensor) -> Tensor:
@@ -50,222 +18,120 @@ def promote(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
-def to_type(y: Tensor, x: Tensor) -> Tensor:
-    """`y` in the type of x. A `y.to` that has nothing to do loses the gradient of the function
-    whose result it is where torch 2.11 compiles it."""
-    return y if y.dtype == x.dtype else y.to(x.dtype)
+def check_input(x: Tensor, channels: int) -> None:
+    """Raise `ValueError` for what is not (N, channels, *)."""
+    if x.dim() < 2 or x.shape[1] != channels:
+        raise ValueError(f"expected (N, {channels}, *), got a tensor of shape {tuple(x.shape)}")
 
 
-def _kernels(x: Tensor) -> Any:
-    """`norms.kernels` or `norms.cpu_kernels` where they are for x, else None."""
-    if x.is_cuda:
-        return _triton() if plain(x) and eager(x) else None
-    return cpu_kernels if eager(x) and cpu_kernels.take(x) else None
-
-
-@cache
-def _triton() -> Any:
-    try:
-        from norms import kernels
-    except ImportError:  # PyTorch for some systems comes without Triton
-        return None
-    return kernels
-
-
-def number_kernels(x: Tensor, groups: int) -> Any:
-    """`norms.number_kernels` where they are for x, of one group of images, else None."""
-    if groups > 1 or _kernels(x) in (None, cpu_kernels):
-        return None
-    from norms import number_kernels
-
-    return number_kernels
-
-
-def _vectorized(x: Tensor, layout: Any = torch.contiguous_format) -> bool:
-    """Whether to view maps as channels for a CPU kernel."""
-    return x.is_cpu and x.is_contiguous(memory_format=layout) and plain(x) and eager(x)
-
-
-@lru_cache(256)
-def _constants(count: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Zeros and ones, of float32 for half precision; not to be written to."""
-    zeros = torch.zeros(count, dtype=torch.promote_types(dtype, torch.float32), device="cpu")
-    return zeros, torch.ones_like(zeros)
-
-
-def _as_channels(x: Tensor, rows: int) -> Tensor:
-    """A view of contiguous images in which each row of (rows, C) numbers, one for all images or one
-    for each, is a channel's."""
-    return x if rows == 1 else x.view(1, -1, *x.shape[2:])
-
-
-def _over_maps(values: Array) -> Tensor:
-    return tensor(values.reshape(*values.shape, 1, 1))
-
-
-def moments(x: Tensor) -> tuple[Array, Array]:
-    """Mean and biased variance of every map: (N, C, H, W) -> (N, C), (N, C)."""
-    if kernels := _kernels(x):
-        return arrays(*kernels.moments(x))[1:]
-    if _vectorized(x):
-        n, c, h, w = x.shape
-        one = _constants(c, x.dtype)[1]
-        # Without an eps the reciprocal deviation is exact, and infinite where there is no variance.
-        _, mean, reciprocal = torch.native_group_norm(x, one, one, n, c, h * w, c, 0.0)
-        return arrays(mean, reciprocal.pow_(-2))[1:]
-    x = promote(x)
-    if x.is_cpu and not torch.compiler.is_compiling():
-        mean = x.mean((2, 3))
-        var = (x - _over_maps(mean)).square_().mean((2, 3))
-    else:
-        var, mean = torch.var_mean(x, dim=(2, 3), correction=0)
-    return arrays(mean, var)[1:]
-
-
-def mean_square(x: Tensor) -> Array:
-    """Mean of x^2 over every map: (N, C, H, W) -> (N, C)."""
-    if kernels := _kernels(x):
-        square = kernels.moments(x, centered=False)[1]
-        return arrays(square.mean(1) if square.shape[1] > 1 else square.squeeze(1))[1]
-    if _vectorized(x):
-        square = torch.linalg.vector_norm(promote(x), dim=(2, 3)).square_()
-        return arrays(square)[1] / (x.shape[2] * x.shape[3])
-    return arrays(promote(x).square().mean((2, 3)))[1]
-
-
-def affine(x: Tensor, scale: Array, shift: Array) -> Tensor:
-    """x * scale + shift, with (N, C) or (1, C) numbers, in the type of x."""
-    if kernels := _kernels(x):
-        return kernels.combine(None, None, x, tensor(scale), tensor(shift))
-    if _vectorized(x):  # batch norm with given statistics, 0 and 1, on the fly
-        rows = len(scale)
-        if len(shift) < rows:
-            shift = tensor(shift).expand(rows, -1)
-        scale, shift = (promote(tensor(v.reshape(-1))) for v in (scale, shift))
-        state = (scale, shift, *_constants(len(scale), x.dtype))
-        y = torch.native_batch_norm(_as_channels(x, rows), *state, False, 0.0, 0.0)[0]
-        return y if rows == 1 else _unsafe_view(y, x.shape)  # a view could not be changed in place
-    return to_type(torch.addcmul(_over_maps(shift), x, _over_maps(scale)), x)
-
-
-def sums(dy: Tensor, x: Tensor, center: Array | None = None, rows: int = 1) -> tuple[Array, Array]:
-    """The sums of dy and of dy * (x - center), for (N, C) centers of each map or, for (1, C), of
-    each channel; in their shape. Without a center around 0, for so many rows."""
-    rows = rows if center is None else len(center)
-    if kernels := _kernels(x):
-        both = kernels.sums(dy, x, tensor(center)).view(2, rows, -1, x.shape[1])
-        return arrays(*(both.sum(2) if both.shape[2] > 1 else both.squeeze(2)))[1:]
-    shape, last = (rows, x.shape[1]), rows == 1 and _vectorized(x, torch.channels_last)
-    layout = torch.channels_last if last else torch.contiguous_format
-    if (last or _vectorized(x)) and dy.is_contiguous(memory_format=layout):
-        # what batch norm's backward pass starts with
-        zero, one = _constants(rows * x.shape[1], x.dtype)
-        mean = zero if center is None else tensor(center.reshape(-1))
-        state = (None, None, None, mean, one, True, 0.0, [False, True, True])
-        maps = (_as_channels(dy, rows), _as_channels(x, rows))
-        _, product, total = _batch_norm_backward(*maps, *state)
-        return arrays(total.view(shape), product.view(shape))[1:]
-    dy, center = promote(dy), tensor(center)
-    total, product = dy.sum((2, 3)), (dy * x).sum((2, 3))
-    if rows == 1:
-        total, product = total.sum(0, keepdim=True), product.sum(0, keepdim=True)
-    return arrays(total, product if center is None else product - center * total)[1:]
-
-
-def combine(dy: Tensor, a: Array, x: Tensor, b: Array, c: Array | None = None) -> Tensor:
-    """a * dy + b * x + c, with (N, C) or (1, C) numbers, in the type of x."""
-    if kernels := _kernels(x):
-        return kernels.combine(dy, tensor(a), x, tensor(b), tensor(c))
-    if c is None:
-        dx = x * _over_maps(b)
-    elif _vectorized(x) and x.dtype == promote(x).dtype:
-        dx = affine(x, b, c)
-    else:
-        dx = torch.addcmul(_over_maps(c), x, _over_maps(b))
-    return to_type(dx.addcmul_(dy, _over_maps(a)), x)
-
-
-class Normalize(torch.autograd.Function):
-    """weight * ((x - mean) * inverse * r + d) + bias.
-
-    x: (N, C, H, W); weight, bias: (C,); the others: (G, C), for G groups of images in order; r and
-    d, constants, may be None for 1 and 0. `through`: whether mean and inverse = 1 / sqrt(var + eps)
-    are of the group itself (with the biased variance), so that the gradient passes through them.
-    """
-
-    @staticmethod
-    @quiet
-    def forward(ctx, x, weight, bias, mean, inverse, r, d, through):
-        ctx.save_for_backward(x, weight, mean, inverse, r, d)
-        ctx.through = through
-        _, weight, bias, mean, inverse, r, d = arrays(weight, bias, mean, inverse, r, d)
-        scale = weight * inverse if r is None else weight * inverse * r
-        shift = bias - mean * scale if d is None else bias - mean * scale + weight * d
-        return affine(x, spread(scale, len(x)), spread(shift, len(x)))
-
-    @staticmethod
-    @once_differentiable
-    @quiet
-    def backward(ctx, dy):
-        x, *saved = ctx.saved_tensors
-        groups, images, n = len(saved[1]), len(x), x.numel() // saved[1].numel()
-        if groups == 1 and eager(x):
-            return *_one_group(dy, x, *saved, through=ctx.through), *(None,) * 5
-        numbers = arrays(*sums(dy, x, spread(saved[1], images)), *saved)
-        _, total, product, weight, mean, inverse, r, d = numbers
-        total, product = gather(total, groups), gather(product, groups)
-        factor = inverse if r is None else inverse * r
-        a, dweight = weight * factor, factor * product
-        if d is not None:
-            dweight = dweight + d * total
-        if ctx.through:
-            b = a * inverse**2 * product / -n
-            c = a * total / -n - b * mean
-            dx = combine(dy, spread(a, images), x, spread(b, images), spread(c, images))
-        else:
-            dx = to_type(dy * _over_maps(spread(a, images)), x)
-        return dx, tensor(dweight.sum(0)), tensor(total.sum(0)), None, None, None, None, None
-
-
-def _one_group(
-    dy: Tensor, x: Tensor, weight: Tensor, mean: Tensor, inverse: Tensor, r: Tensor | None,
-    d: Tensor | None, *, through: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """The gradients of x, weight and bias where all images are one group: batch norm's."""
-    scale = promote(weight) if r is None else weight * r[0]
-    # Batch norm takes the statistics of the batch in training, those that move in evaluation.
-    moving = (None, None) if through else (mean[0], inverse[0].pow(-2))
-    state = (scale, *moving, mean[0], inverse[0], through, 0.0, [True, True, True])
-    dx, dweight, dbias = _batch_norm_backward(dy, x, *state)
-    if r is not None:
-        dweight = dweight * r[0]
-    return dx, dweight if d is None else dweight + dbias * d[0], dbias
-
-
-def count_groups(x: Array, batch_size: int | None) -> int:
-    """Groups of `batch_size` images (None: all of them) that share statistics."""
-    check_groups(x, batch_size or x.shape[0])
-    return x.shape[0] // batch_size if batch_size else 1
-
-
-def split(x: Array, batch_size: int | None) -> Array:
-    """(N, C) -> (G, N / G, C): the groups that share statistics, in order."""
-    return x.reshape(count_groups(x, batch_size), -1, x.shape[1])
-
-
-def pooled(mean: Array, var: Array, batch_size: int | None) -> tuple[Array, Array]:
-    """Moments of every group from those of every map: (N, C) -> (G, C), twice."""
-    return pool(split(mean, batch_size), split(var, batch_size), dim=1)
+def count_groups(x: Tensor, batch_size: int | None) -> int:
+    """Groups of `batch_size` images (None: all of them) that share statistics. Raises `ValueError`
+    where they do not come out even."""
+    if batch_size is None:
+        return 1
+    if x.shape[0] % batch_size:
+        raise ValueError(
+            f"{x.shape[0]} images cannot be split into groups of batch size {batch_size}; in "
+            f"training, pass multiples of it"
+        )
+    return x.shape[0] // batch_size
 
 
 def check_variance(x: Tensor, batch_size: int | None) -> None:
     """A single value per channel has no variance; say so before dividing by it."""
-    size = (batch_size or x.shape[0]) * x.shape[2] * x.shape[3]
-    if size < 2:
+    if (batch_size or x.shape[0]) * x[0, 0].numel() < 2:
+        maps = "x".join(map(str, x.shape[2:])) or "1"
         raise ValueError(
-            f"batch={batch_size or x.shape[0]}: one value per channel, on maps of "
-            f"{x.shape[2]}x{x.shape[3]}, has no variance; expected a larger batch or larger images"
+            f"batch={batch_size or x.shape[0]}: one value per channel, on maps of {maps}, has no "
+            f"variance; expected a larger batch or larger images"
         )
+
+
+def _positions(x: Tensor) -> tuple[int, ...]:
+    return tuple(range(2, x.dim()))
+
+
+def moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of every map: (N, C, *) -> (N, C), (N, C)."""
+    x = promote(x)
+    if x.dim() == 2:
+        return x, torch.zeros_like(x)
+    if torch.compiler.is_compiling():
+        # Sums around a pixel vectorize better than Inductor's Welford steps, and are as exact
+        # where the pixel is one of the map; the centre, since zero padding makes corners outliers.
+        pixel = x[(..., *(size // 2 for size in x.shape[2:]))].detach()
+        x = x - over_maps(pixel, x)
+        mean = x.mean(_positions(x))
+        return pixel + mean, x.square().mean(_positions(x)) - mean.square()
+    var, mean = torch.var_mean(x, _positions(x), correction=0)  # keeps nothing but x
+    return mean, var
+
+
+def mean_square(x: Tensor) -> Tensor:
+    """Mean of x^2 over every map: (N, C, *) -> (N, C)."""
+    square = promote(x).square()
+    return square.mean(_positions(x)) if x.dim() > 2 else square
+
+
+def pool(mean: Tensor, var: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of a union of equally large sets, from those of each set."""
+    between, pooled = torch.var_mean(mean, dim, correction=0)
+    return pooled, var.mean(dim) + between
+
+
+def pool_images(mean: Tensor, var: Tensor, batch_size: int | None) -> tuple[Tensor, Tensor]:
+    """Moments of every group of images from those of every map: (N, C) -> (G, C), twice."""
+    shape = (count_groups(mean, batch_size), -1)
+    return pool(mean.unflatten(0, shape), var.unflatten(0, shape), 1)
+
+
+def expand_groups(values: Tensor, images: int) -> Tensor:
+    """(G, C) values of groups -> (N, C) of their images, or (1, C) where there is one group."""
+    groups, channels = values.shape
+    if groups == 1:
+        return values
+    return values[:, None].expand(-1, images // groups, -1).reshape(images, channels)
+
+
+def sum_groups(values: Tensor, groups: int) -> Tensor:
+    """Sums over the images of each group: (N, C) -> (G, C)."""
+    return values.unflatten(0, (groups, -1)).sum(1)
+
+
+def over_maps(values: Tensor, x: Tensor) -> Tensor:
+    """(N, C) -> (N, C, 1, ...), to be combined with x."""
+    return values.view(*values.shape, *(1 for _ in x.shape[2:]))
+
+
+def scale_and_shift(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """x * scale + shift, with (N, C) or (1, C) numbers, in the type of x."""
+    return torch.addcmul(over_maps(shift, x), x, over_maps(scale, x)).to(x.dtype)
+
+
+def moving_average(
+    start: Tensor, values: Tensor, rate: float | None, count: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Before and after each of G updates s <- (1 - rate) s + rate v, which begin at `start`.
+
+    (C,), (G, C) -> (G, C) twice, as one product with a triangular matrix instead of G steps; in
+    float64, so that groups in one pass give what they give one by one. A rate of None is 1 / k at
+    the k-th update, which makes it the mean of all values; `count` updates went before.
+    """
+    groups = len(values)
+    steps = torch.arange(groups + 1, device=values.device)
+    if rate is None:
+        total = torch.cat([start[None] * count, values]).double().cumsum(0)
+        moved = total / (count + steps).clamp(min=1)[:, None]
+        moved = torch.cat([start[None], moved[1:]])
+    elif groups == 1:
+        moved = torch.stack([start, (1 - rate) * start + rate * values[0]])
+    else:
+        age = (steps[:, None] - steps).clamp(min=0).double()
+        weights = ((1 - rate) ** age).tril()
+        weights = torch.cat([weights[:, :1], weights[:, 1:] * rate], 1)
+        moved = weights @ torch.cat([start[None].to(values.dtype), values]).double()
+    moved = moved.to(values.dtype)
+    return moved[:-1], moved[1:]
 
 
 def batches_per_step(batch_size: int | None, sgd_batch_size: int | None) -> int | None:

@@ -6,16 +6,14 @@ trunk it doubles with every block.
 
 from functools import partial
 
-from torch import nn
-
-from norms.scheme import Scheme, biased_conv, identity
+from .scheme import CONV, Scheme, biased_conv, identity
 
 
 def scheme(batch_size: int | None = None) -> Scheme:
     """Plain convolutions with bias, and nothing behind them."""
     return Scheme(
         name="none",
-        conv=partial(biased_conv, nn.Conv2d),
+        conv=partial(biased_conv, CONV),
         norm=identity,
         batch_free=True,
         channels_last=True,

@@ -18,22 +18,23 @@ convolution of each branch, the stem and the shortcuts start with the output var
 """
 
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.init import _calculate_correct_fan
 
-from norms.moments import promote
-from norms.scheme import Scheme, he_init, identity
-from norms.ws_gn import standardize
+from .moments import promote
+from .scheme import Scheme, he_init, identity
+from .standardized import StandardizedConv, check_filters
 
 
-class PWSConv2d(nn.Conv2d):
-    """`nn.Conv2d` with the weights above; `alpha` has one value per filter, shape (C_out,).
+class ParametricWeightStandardization(StandardizedConv):
+    """A convolution with the weights above; `alpha` has one value per filter, shape (C_out,).
 
-    `mode`: "fan_in" or "fan_out"; `equiv`: gamma counts in units of the initial variance 2/fan.
-    Raises `ValueError` where a filter has a single weight, or for another mode.
+    Takes what PyTorch's convolution takes. `mode`: "fan_in" or "fan_out"; `equiv`: gamma counts in
+    units of the initial variance 2/fan. Raises `ValueError` where a filter has a single weight, or
+    for another mode.
     """
 
     no_weight_decay = ("alpha",)
@@ -48,25 +49,41 @@ class PWSConv2d(nn.Conv2d):
         **kwargs,
     ):
         super().__init__(*args, **kwargs)
-        if self.weight[0].numel() < 2:
-            raise ValueError(
-                f"PWSConv2d: a filter of 1 weight cannot be standardized (in_channels="
-                f"{self.in_channels}, groups={self.groups}, kernel_size={self.kernel_size})"
-            )
+        check_filters(self)
         if mode not in ("fan_in", "fan_out"):
             raise ValueError(f"norm.mode={mode}: expected fan_in or fan_out")
         variance = 2 / _calculate_correct_fan(self.weight, mode)
-        self.gain = variance**0.5
+        self.gain, self.mode = variance**0.5, mode
         self.gamma = gamma * variance if equiv else gamma
-        self.alpha = nn.Parameter(self.weight.new_ones(self.out_channels))
-        he_init(self, mode)
+        self.alpha = nn.Parameter(self.weight.new_empty(len(self.weight)))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """He's weights, and alpha = 1."""
+        if "alpha" in self._parameters:  # PyTorch's constructor calls this ahead of ours
+            nn.init.ones_(self.alpha)
+            he_init(self, self.mode)
 
     def standardized(self) -> Tensor:
-        """The weights that the convolution uses."""
-        return standardize(self.weight, self.gamma, self.alpha * self.gain)
+        dims = tuple(range(1, self.weight.dim()))
+        var, mean = torch.var_mean(self.weight, dims, correction=0, keepdim=True)
+        scale = (self.gain * self.alpha).view(var.shape) * torch.rsqrt(var + self.gamma)
+        return (self.weight - mean) * scale
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self._conv_forward(x, self.standardized(), self.bias)
+
+class PWSConv1d(ParametricWeightStandardization, nn.Conv1d):
+    """(N, C, L) -> (N, C, L)."""
+
+
+class PWSConv2d(ParametricWeightStandardization, nn.Conv2d):
+    """(N, C, H, W) -> (N, C, H, W)."""
+
+
+class PWSConv3d(ParametricWeightStandardization, nn.Conv3d):
+    """(N, C, D, H, W) -> (N, C, D, H, W)."""
+
+
+PWS_CONV = {1: PWSConv1d, 2: PWSConv2d, 3: PWSConv3d}
 
 
 @torch.no_grad()
@@ -81,14 +98,16 @@ def initialize_alpha(model: nn.Module, images: Tensor) -> None:
     done = set()
 
     def rescale(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        assert isinstance(layer, PWSConv2d)
+        assert isinstance(layer, ParametricWeightStandardization)
         if layer in done:  # used twice in the network: the first use counts
             return output
         done.add(layer)
         layer.alpha.fill_((2 / promote(output).var()).sqrt())
         return layer.forward(*inputs)
 
-    outer = [x for x in model.modules() if isinstance(x, PWSConv2d) and not x.inner]
+    outer = [
+        x for x in model.modules() if isinstance(x, ParametricWeightStandardization) and not x.inner
+    ]
     for layer in outer:
         nn.init.ones_(layer.alpha)
     hooks = [layer.register_forward_hook(rescale) for layer in outer]
@@ -101,9 +120,9 @@ def initialize_alpha(model: nn.Module, images: Tensor) -> None:
             hook.remove()
 
 
-def conv(*args, inner: bool = False, uniform: bool = False, **kwargs) -> PWSConv2d:
+def conv(*args, dim: int = 2, inner: bool = False, uniform: bool = False, **kwargs) -> Any:
     """A PWS convolution, with a bias since no norm follows it."""
-    layer = PWSConv2d(*args, bias=True, **kwargs)
+    layer = PWS_CONV[dim](*args, bias=True, **kwargs)
     layer.inner = inner
     if uniform:
         nn.init.kaiming_uniform_(layer.weight, nonlinearity="relu")
@@ -128,6 +147,7 @@ def scheme(
             raise ValueError(message.lower())
     return Scheme(
         name="pws",
+        needs_conv=True,
         conv=partial(conv, gamma=gamma, equiv=equiv, mode=mode, uniform=plain),
         norm=identity,
         end_norm=identity if plain else partial(nn.GroupNorm, 1),

@@ -1,13 +1,11 @@
 """What a network asks of a normalization method, and the initialization that they share."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-
-ConvT = TypeVar("ConvT", bound=nn.Conv2d)
 
 
 @dataclass(frozen=True)
@@ -19,8 +17,9 @@ class Scheme:
 
     name: str
     conv: Callable[..., nn.Module]
-    """Takes what `nn.Conv2d` takes except `bias`, on which it decides itself, and `inner=True` for
-    the second and later convolutions of a residual branch."""
+    """Takes what `nn.Conv2d` takes except `bias`, on which it decides itself; `dim=1` or 3 for
+    other numbers of dimensions, and `inner=True` for the second and later convolutions of a
+    residual branch."""
     norm: Callable[[int], nn.Module]
     """The layer after a convolution with that many output channels."""
     norm_act: Callable[[int], nn.Module] | None = None
@@ -33,6 +32,8 @@ class Scheme:
     """Whether the paper starts the last norm of every residual branch at zero."""
     batch_free: bool = False
     """Whether no statistic ever crosses images: then the batch size changes nothing."""
+    needs_conv: bool = False
+    """Whether a norm is the method's only behind the method's own convolution."""
     loss_scaling: bool = True
     """Whether gradients may carry a changing factor, as a float16 loss scaler puts on them."""
     channels_last: bool = False
@@ -44,7 +45,11 @@ class Scheme:
     """Raises `ValueError` if the options make no sense for the finished network."""
 
 
-def he_init(conv: ConvT, mode: Literal["fan_in", "fan_out"] = "fan_out") -> ConvT:
+CONV: dict[int, type[nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+BATCH_NORM: dict[int, type[nn.Module]] = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+
+
+def he_init(conv: Any, mode: Literal["fan_in", "fan_out"] = "fan_out") -> Any:
     """He et al. (arXiv 1502.01852), eq. 10: weights of variance 2/fan; the bias starts at zero."""
     nn.init.kaiming_normal_(conv.weight, mode=mode, nonlinearity="relu")
     if conv.bias is not None:
@@ -53,40 +58,42 @@ def he_init(conv: ConvT, mode: Literal["fan_in", "fan_out"] = "fan_out") -> Conv
 
 
 def conv(
-    cls: Callable[..., nn.Conv2d], *args: Any, inner: bool = False, **kwargs: Any
-) -> nn.Conv2d:
-    """A convolution that a norm follows: no bias, since the norm's shift is one."""
-    return he_init(cls(*args, bias=False, **kwargs))
-
-
-def frozen_batch_norm(
-    weight: Tensor, bias: Tensor, mean: Tensor | None, var: Tensor | None, eps: float
-) -> nn.BatchNorm2d:
-    """weight * (x - mean) / sqrt(var + eps) + bias, as PyTorch's own layer in evaluation mode."""
-    layer = nn.BatchNorm2d(len(weight), eps, device=weight.device, dtype=weight.dtype).eval()
-    state = {"weight": weight, "bias": bias, "running_mean": mean, "running_var": var}
-    layer.load_state_dict({k: v for k, v in state.items() if v is not None}, strict=False)
-    return layer
-
-
-def frozen_affine(weight: Tensor, bias: Tensor) -> nn.BatchNorm2d:
-    """weight * x + bias, likewise; its eps must not be 0."""
-    eps = 1e-5
-    return frozen_batch_norm(weight, bias, None, torch.full_like(bias, 1 - eps), eps)
+    classes: Mapping[int, Callable[..., nn.Module]],
+    *args: Any,
+    dim: int = 2,
+    inner: bool = False,
+    **kwargs: Any,
+) -> nn.Module:
+    """A convolution of `dim` dimensions that a norm follows: no bias, since the norm's shift is
+    one."""
+    return he_init(classes[dim](*args, bias=False, **kwargs))
 
 
 def biased_conv(
-    cls: Callable[..., nn.Conv2d], *args: Any, inner: bool = False, **kwargs: Any
-) -> nn.Conv2d:
+    classes: Mapping[int, Callable[..., nn.Module]],
+    *args: Any,
+    dim: int = 2,
+    inner: bool = False,
+    **kwargs: Any,
+) -> nn.Module:
     """A convolution that no norm follows."""
-    return he_init(cls(*args, bias=True, **kwargs))
+    return he_init(classes[dim](*args, bias=True, **kwargs))
+
+
+def frozen_batch_norm(layer: Any, mean: Tensor | None, var: Tensor) -> nn.Module:
+    """The layer's gain * (x - mean) / sqrt(var + eps) + shift, as PyTorch's own layer in evaluation
+    mode."""
+    new: Any = BATCH_NORM[getattr(layer, "dim", 2)](len(var), layer.eps).to(var).eval()
+    with torch.no_grad():
+        for name, value in (("running_mean", mean), ("running_var", var)):
+            if value is not None:
+                getattr(new, name).copy_(value)
+        if layer.weight is not None:
+            new.weight.copy_(layer.weight)
+            new.bias.copy_(layer.bias)
+    return new
 
 
 def identity(channels: int) -> nn.Identity:
     """In place of a norm."""
     return nn.Identity()
-
-
-def replace_child(root: nn.Module, name: str, new: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(root.get_submodule(parent), child, new)

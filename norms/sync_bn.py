@@ -11,11 +11,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from norms import moments as m
-from norms.scheme import Scheme, conv, frozen_batch_norm
+from . import moments as m
+from .layer import Leaf
+from .scheme import CONV, Scheme, conv, frozen_batch_norm
 
 
-class SyncBatchNorm2d(nn.SyncBatchNorm):
+class SyncBatchNorm2d(Leaf, nn.SyncBatchNorm):
     """`nn.SyncBatchNorm` for (N, C, H, W) that says in one line where it cannot run."""
 
     def __init__(
@@ -29,7 +30,7 @@ class SyncBatchNorm2d(nn.SyncBatchNorm):
         self.batch_size = batch_size
 
     def forward(self, input: Tensor) -> Tensor:
-        m.check_4d(input)
+        m.check_input(input, self.num_features)
         if not self.training:
             return super().forward(input)
         if self.batch_size not in (None, input.shape[0]):
@@ -54,16 +55,14 @@ class SyncBatchNorm2d(nn.SyncBatchNorm):
 
     def fold(self) -> nn.Module:
         """What it computes in evaluation, in PyTorch's own layers: see `norms/fold.py`."""
-        return frozen_batch_norm(
-            self.weight, self.bias, self.running_mean, self.running_var, self.eps
-        )
+        return frozen_batch_norm(self, self.running_mean, self.running_var)
 
 
 def scheme(batch_size: int | None = None, eps: float = 1e-5, momentum: float = 0.1) -> Scheme:
     """Plain convolutions and synchronized batch norm."""
     return Scheme(
         name="sync_bn",
-        conv=partial(conv, nn.Conv2d),
+        conv=partial(conv, CONV),
         norm=partial(SyncBatchNorm2d, batch_size=batch_size, eps=eps, momentum=momentum),
         channels_last=True,
     )

@@ -6,9 +6,9 @@ BN+WS rows. Standardized weights do not mend a small batch, since the statistics
 
 from functools import partial
 
-from norms.bn import GhostBatchNorm2d
-from norms.scheme import Scheme, conv
-from norms.ws_gn import WSConv2d
+from .bn import GhostBatchNorm2d
+from .scheme import Scheme
+from .ws_gn import ws_conv
 
 
 def scheme(
@@ -22,7 +22,7 @@ def scheme(
     """Standardized convolutions and batch norm."""
     return Scheme(
         name="ws_bn",
-        conv=partial(conv, partial(WSConv2d, eps=ws_eps, unbiased=unbiased, eps_inside=eps_inside)),
+        conv=ws_conv(eps=ws_eps, unbiased=unbiased, eps_inside=eps_inside),
         norm=partial(GhostBatchNorm2d, batch_size=batch_size, eps=eps, momentum=momentum),
         channels_last=True,
     )

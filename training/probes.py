@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from norms.moments import moments, promote
-from norms.numbers import pool, tensor
+from norms.moments import pool
 
 Sums = dict[str, Tensor]  # "<layer> <quantity>": number of batches, sum, sum of squares, a row each
 

@@ -1,0 +1,152 @@
+"""What every layer that follows the batch does with its state, and what every layer owes PyTorch's
+tools: batch norm's place in the class tree, factory arguments, resets, leaves of `torch.fx`."""
+
+import sys
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+Numbers = tuple[Tensor, ...]
+BATCH_NORM_STATE = ("running_mean", "running_var", "num_batches_tracked")
+
+
+class Leaf(nn.Module):
+    """A layer that `torch.fx` records as one call, as it does PyTorch's own."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        x = args[0] if args else None
+        if not isinstance(x, fx.Proxy):
+            return super().__call__(*args, **kwargs)
+        tracer: Any = x.tracer
+
+        def record(*args: Any) -> fx.Proxy:
+            return tracer.create_proxy("call_module", tracer.path_of_module(self), args, {})
+
+        return tracer.call_module(self, record, args, kwargs)
+
+
+def repeated() -> bool:
+    """Whether this forward pass runs inside a backward pass: then gradient checkpointing repeats
+    one that has been, which moves no state again."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+class BatchStatisticsNorm(Leaf, nn.BatchNorm2d):
+    """A norm over groups of `batch_size` images (None: all of a batch) with state that every
+    training batch moves. (N, C, *) -> (N, C, *); in training N is a multiple of `batch_size`.
+
+    It is an `nn.BatchNorm2d`, whatever the number of dimensions, to whoever freezes batch norms by
+    class or sets `momentum` (weight of the new value; 0: nothing moves; None: the mean of all
+    batches). `state`: its buffers and their first values, one for each channel; whole numbers are
+    counters, whose names are batch norm's only where they mean the same. `shapes`: those of the
+    buffers that are neither.
+    """
+
+    state: dict[str, float] = {}
+    dim = 2  # of the maps, as far as `fold` has to know
+    batch_size: int | None
+
+    def __init__(
+        self,
+        num_features: int,
+        batch_size: int | None,
+        eps: float,
+        momentum: float | None,
+        affine: bool,
+        device: Any,
+        dtype: Any,
+        **shapes: tuple[int, ...],
+    ):
+        nn.Module.__init__(self)
+        self.num_features, self.batch_size = num_features, batch_size
+        self.eps, self.momentum, self.track_running_stats = eps, momentum, True
+        for name in ("weight", "bias"):
+            values = torch.empty(num_features, device=device, dtype=dtype)
+            self.register_parameter(name, nn.Parameter(values) if affine else None)
+        for name, value in self.state.items():
+            counter = isinstance(value, int)
+            shape = shapes.get(name, () if counter else (num_features,))
+            type_ = torch.int64 if counter else dtype
+            self.register_buffer(name, torch.empty(shape, device=device, dtype=type_))
+        self._recent: deque[tuple[Numbers, Numbers]] = deque(maxlen=8)
+        self.reset_parameters()
+
+    @property
+    def affine(self) -> bool:
+        """Whether there are a gain and a shift per channel."""
+        if sys._getframe(1).f_code.co_name == "convert_sync_batchnorm" and (
+            self.batch_size is not None or "num_batches_tracked" not in self.state
+        ):
+            raise ValueError(
+                f"{type(self).__name__}: nn.SyncBatchNorm has no groups of images that share "
+                f"statistics; convert with norm=sync_bn instead, or leave these layers as they are"
+            )
+        return self.weight is not None
+
+    def reset_running_stats(self) -> None:
+        """Set the state to its first values."""
+        for name, value in self.state.items():
+            if getattr(self, name) is not None:
+                getattr(self, name).fill_(value)
+        self._recent.clear()
+
+    def reset_parameters(self) -> None:
+        """Set gain, shift and state to their first values."""
+        self.reset_running_stats()
+        if self.weight is not None:
+            nn.init.ones_(self.weight)
+            nn.init.zeros_(self.bias)
+
+    def gain_and_shift(self) -> tuple[Tensor, Tensor]:
+        """(C,), (C,): the parameters, or ones and zeros without an affine."""
+        if self.weight is not None:
+            return self.weight, self.bias
+        like = next(self.buffers())
+        return like.new_ones(self.num_features), like.new_zeros(self.num_features)
+
+    def once(self, update: Callable[..., Numbers], *statistics: Tensor) -> Numbers:
+        """`update(*statistics)`, which may move the state; where gradient checkpointing repeats a
+        forward pass, what that pass came to. Raises `RuntimeError` if it is too long ago."""
+        if not repeated():
+            numbers = update(*statistics)
+            if not torch.compiler.is_compiling():
+                self._recent.append((statistics, numbers))
+            return numbers
+        for then, numbers in self._recent:
+            pairs = list(zip(then, statistics, strict=True))
+            if all(a.shape == b.shape and a.allclose(b, 1e-3) for a, b in pairs):
+                return numbers
+        raise RuntimeError(
+            f"{type(self).__name__}: the backward pass repeats a forward pass that is not among "
+            f"this layer's last {self._recent.maxlen}, whose statistics are gone"
+        )
+
+    def commit(self, **moved: Tensor) -> None:
+        """Move the state to these values, counters included, unless one is infinite or NaN: such a
+        batch leaves all as it was, as a loss scaler skips a step."""
+        if self.momentum == 0 or repeated():
+            return
+        floats = torch.cat([v.flatten() for v in moved.values() if v.is_floating_point()])
+        finite = floats.isfinite().all()
+        for name, value in moved.items():
+            buffer = getattr(self, name)
+            buffer.copy_(torch.where(finite, value.detach(), buffer))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if value is None and name in BATCH_NORM_STATE and "num_batches_tracked" not in self.state:
+            raise AttributeError(
+                f"{type(self).__name__}: its {name} cannot be taken away, since the method is made "
+                f"of moving statistics; expected evaluation mode, or norm=bn"
+            )
+        super().__setattr__(name, value)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # Not batch norm's own, which adds a counter to state dicts from before there was one.
+        nn.Module._load_from_state_dict(self, state_dict, prefix, *args)
+
+    def extra_repr(self) -> str:
+        given = f"{self.num_features}, batch_size={self.batch_size}, eps={self.eps}"
+        return f"{given}, momentum={self.momentum}, affine={self.weight is not None}"
