@@ -9,6 +9,7 @@ from omegaconf import DictConfig
 from torch import nn
 
 from training import graph
+from training.compile import Choice
 from training.config import choices
 from training.loop import Progress
 from training.protocol import Plan
@@ -36,7 +37,12 @@ def parameters(model: nn.Module) -> int:
 
 
 def describe(
-    cfg: DictConfig, plan: Plan, model: nn.Module, loader: Any, device: torch.device
+    cfg: DictConfig,
+    plan: Plan,
+    model: nn.Module,
+    loader: Any,
+    device: torch.device,
+    choice: Choice,
 ) -> str:
     """The numbers that follow from the configuration, in a few lines."""
     recipe, per_epoch = cfg.recipe, len(loader)
@@ -55,7 +61,8 @@ def describe(
     extras = {f"{key} {recipe[key]:g}": recipe[key] for key in ("clip", "mixup", "cutmix")} | {
         "adamw": recipe.optimizer == "adamw",
         f"evaluated is the weights' moving average ({recipe.ema:g})": recipe.ema,
-        "compiled": cfg.runtime.compile,
+        f"compiled ({choice.mode}): {choice.reason}": choice.mode != "false",
+        f"not compiled: {choice.reason}": choice.mode == "false",
         "channels last in memory": channels_last(model),
         "the step recorded as a CUDA graph": graph.wanted(cfg, device),
         f"no CUDA graph, {why}": why and device.type == "cuda" and cfg.runtime.graph is not False,
@@ -154,7 +161,8 @@ def result(
         "wall_seconds": now.wall_seconds,
         "peak_memory_bytes": memory,
         "threads": torch.get_num_threads(),
-        "compiled": cfg.runtime.compile,
+        "compiled": now.compiled.mode,
+        "compiled_reason": now.compiled.reason,
         "graph": now.graph,
         "channels_last": channels_last(model),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",

@@ -193,7 +193,15 @@ class Run:
         for i, file in enumerate(files, 1):
             try:
                 state = torch.load(file, map_location="cpu", weights_only=True)
-                if set(state) >= {"model", "optimizer", "scaler", "progress", "rng", "threads"}:
+                if set(state) >= {
+                    "model",
+                    "optimizer",
+                    "scaler",
+                    "progress",
+                    "rng",
+                    "threads",
+                    "compiled",
+                }:
                     return state
                 raise EOFError
             except (
