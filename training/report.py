@@ -61,11 +61,11 @@ def describe(
     extras = {f"{key} {recipe[key]:g}": recipe[key] for key in ("clip", "mixup", "cutmix")} | {
         "adamw": recipe.optimizer == "adamw",
         f"evaluated is the weights' moving average ({recipe.ema:g})": recipe.ema,
-        f"compiled ({choice.mode}): {choice.reason}": choice.mode != "false",
-        f"not compiled: {choice.reason}": choice.mode == "false",
         "channels last in memory": channels_last(model),
         "the step recorded as a CUDA graph": graph.wanted(cfg, device),
         f"no CUDA graph, {why}": why and device.type == "cuda" and cfg.runtime.graph is not False,
+        f"compiled ({choice.mode}): {choice.reason}": choice.mode != "false",
+        f"not compiled: {choice.reason}": choice.mode == "false",
     }
     also = ", ".join(text for text, there in extras.items() if there)
     also = f"  {also}\n" if also else ""

@@ -1,6 +1,7 @@
 """One optimizer step, and all that it changes."""
 
 import time
+import warnings
 from typing import Any
 
 import torch
@@ -58,8 +59,7 @@ class Step:
         return self.average.module if self.average else self.model
 
     def __call__(self, images: Tensor, labels: Tensor, lr: float) -> tuple[Tensor, Tensor]:
-        if not self.tried:
-            self.try_compiler(images, labels)
+        self.try_compiler(images, labels)
         if self.lr is not None:
             self.lr.fill_(lr)
         for group in self.optimizer.param_groups:
@@ -67,13 +67,16 @@ class Step:
         return (self.recorded or self.compute)(images, labels)
 
     def try_compiler(self, images: Tensor, labels: Tensor) -> None:
-        """One pass that leaves no trace, for what may be missing; where it fails, says so and goes
-        on without."""
+        """At the first call, one pass that leaves no trace, for what may be missing; where it
+        fails, says so and goes on without."""
+        if self.tried:
+            return
         self.tried, start = True, time.perf_counter()
         state = {name: value.clone() for name, value in self.model.state_dict().items()}
         x, y = images[: self.plan.forward], labels[: self.plan.forward]
         try:
-            with torch.random.fork_rng():
+            with torch.random.fork_rng(), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # the compiler's, about itself
                 with self.autocast:
                     logits = self.network(x)
                 F.cross_entropy(logits.float(), y).backward()
