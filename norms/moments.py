@@ -114,7 +114,10 @@ def over_maps(values: Tensor, x: Tensor) -> Tensor:
 def scale_and_shift(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """x * scale + shift, with (N, C) or (1, C) numbers, in the type of x."""
     scale, shift = realized(scale, shift)
-    return torch.addcmul(over_maps(shift, x), x, over_maps(scale, x)).to(x.dtype)
+    y = torch.addcmul(over_maps(shift, x), x, over_maps(scale, x))
+    # A `to` without anything to do, as a function's result, loses its gradient where torch 2.11
+    # compiles it.
+    return y if y.dtype == x.dtype else y.to(x.dtype)
 
 
 def moving_average(
