@@ -22,7 +22,8 @@ from training.optimizer import learning_rate
 
 ROOT = Path(__file__).parent.parent
 PRESETS = sorted(p.stem for p in (ROOT / "configs" / "experiment").glob("*.yaml"))
-EARLIER = {"cifar10_cpu", "cifar10_small", "cifar10_table", "quickstart"}  # ours, whose comments have no such form
+# Ours, whose comments have no such form:
+EARLIER = {"cifar10_cpu", "cifar10_small", "cifar10_table", "quickstart"}
 PAPERS = [p for p in PRESETS if p not in EARLIER and not p.endswith("_table")]
 IMAGES = {"imagenet": 1_281_167, "cifar10": 50_000, "cifar100": 50_000}
 
@@ -430,7 +431,7 @@ def test_a_study_whose_sgd_batch_follows_the_batch(train):
     done = train(*words, quick=False)
     assert done.status == 0, done.err
     sizes = {
-        json.loads(f.read_text())["batch_size"]: json.loads(f.read_text())["sgd_batch"]
+        json.loads(f.read_text())["batch_size"]: json.loads(f.read_text())["sgd_batch_size"]
         for f in done.runs.glob("gn_imagenet/*/result.json")
     }
     assert sizes == {4: 32, 2: 16}
@@ -495,7 +496,7 @@ def test_imagenets_presets_run_on_photographs(train, photographs, preset):
     done = train(*words, *PHOTOGRAPHS[preset], quick=False)
     assert done.status == 0, done.err
     results = [json.loads(f.read_text()) for f in done.runs.glob(f"{preset}/*/result.json")]
-    found = {(r["norm"], r["batch_size"], r["sgd_batch"], r["status"]) for r in results}
+    found = {(r["norm"], r["batch_size"], r["sgd_batch_size"], r["status"]) for r in results}
     expected = set()
     for words, sgd_batch, _, said in CELLS[preset]:
         cell = dict(word.split("=") for word in words.split())
