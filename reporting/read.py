@@ -9,13 +9,14 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from training.config import flatten, identity
-from training.files import RESULT, read, read_metrics, read_result
+from training.files import RESULT, damaged, read, read_metrics, read_result
 
 STATES = ("diverged", "failed", "unfinished", "damaged")
 """Of runs that are not finished."""
 ABSENT = "absent"
 MARKS = (".hydra/config.yaml", "result.json", "metrics.csv", "error.txt")  # of a run's folder
 IDENTITY = ("norm", "batch_size", "sgd_batch_size", "protocol", "model", "data", "recipe", "seed")
+NAMES = ("norm.name", "protocol.name", "model.name", "data.name", "recipe.name")
 PRIVATE = ["config", "identity", "overrides", "history"]
 
 
@@ -79,37 +80,38 @@ def row_of(folder: Path) -> dict[str, Any]:
 def configuration(folder: Path) -> dict[str, Any]:
     """The keys of .hydra, and those of result.json that follow from them: of a run that is not
     over yet a guess for `sgd_batch_size` on several devices."""
-    hydra = folder / ".hydra"
-    config: Any = OmegaConf.create(read(hydra / "config.yaml", "batch", "seed", "norm", "protocol"))
-    chosen = read(hydra / "hydra.yaml", "hydra")["hydra"]
-    try:
-        choices = dict(chosen["runtime"]["choices"])
-        flat = resolved(config)
-        library, batch = flat.get("model.library"), int(flat["batch"])
-        own = {
-            "study": flat.get("study") or folder.resolve().parent.name,
-            "experiment": choices.get("experiment"),
-            "norm": str(choices["norm"]),
-            "batch_size": batch,
-            "sgd_batch_size": int(flat.get("protocol.sgd_batch") or batch),
-            "protocol": flat["protocol.name"],
-            "model": f"{library}/{flat['model.name']}" if library else flat["model.name"],
-            "data": flat["data.name"],
-            "recipe": flat["recipe.name"],
-            "seed": int(flat["seed"]),
-            "config": flat | {"norm": str(choices["norm"])},
-            "identity": identity(config) | {"norm": str(choices["norm"])},
-        }
-    except (KeyError, TypeError, ValueError) as error:
-        what = f"{error.args[0]} is missing or no value" if error.args else "a key is missing"
-        raise ValueError(
-            f"{hydra}: cannot be read ({what}); overwrite=true starts again"
-        ) from error
-    typed_words = hydra / "overrides.yaml"
-    words: Any = read(typed_words) if typed_words.exists() else []
-    own["overrides"] = [str(word) for word in words] if isinstance(words, list) else []
+    file, hydra, words = (folder / ".hydra" / f"{x}.yaml" for x in ("config", "hydra", "overrides"))
+    config = OmegaConf.create(read(file, "batch", "seed"))
+    with damaged(file, (TypeError, ValueError, AttributeError, KeyError)):
+        flat, own = resolved(config), identity(config)
+        for key in NAMES:
+            if not isinstance(flat.get(key), str):
+                raise ValueError(f"{key} is {flat.get(key)}; expected a name")
+        batch, seed = int(flat["batch"]), int(flat["seed"])
+        sgd_batch = int(flat.get("protocol.sgd_batch") or batch)
+    choices = read(hydra, "hydra")["hydra"]
+    with damaged(hydra, (TypeError, KeyError)):
+        choices = choices["runtime"]["choices"]
+        scheme = str(choices["norm"])
+    typed_words: Any = read(words) if words.exists() else []
+    library = flat.get("model.library")
     # `device` and `devices` are what was asked for; what it ran on stands in result.json.
-    return {k: v for k, v in flat.items() if k not in ("device", "name", "overwrite")} | own
+    keys = {k: v for k, v in flat.items() if k not in ("device", "devices", "name", "overwrite")}
+    return keys | {
+        "study": flat.get("study") or folder.resolve().parent.name,
+        "experiment": choices.get("experiment"),
+        "norm": scheme,
+        "batch_size": batch,
+        "sgd_batch_size": sgd_batch,
+        "protocol": flat["protocol.name"],
+        "model": f"{library}/{flat['model.name']}" if library else flat["model.name"],
+        "data": flat["data.name"],
+        "recipe": flat["recipe.name"],
+        "seed": seed,
+        "config": flat | {"norm": scheme},
+        "identity": own | {"norm": scheme},
+        "overrides": list(map(str, typed_words)) if isinstance(typed_words, list) else [],
+    }
 
 
 def resolved(config: DictConfig) -> dict[str, Any]:
@@ -129,10 +131,8 @@ def finished(folder: Path, epochs: list[dict[str, float]]) -> dict[str, Any]:
     result = read_result(folder)
     last = epochs[-1]["update"] if epochs else 0
     if result["status"] == "finished" and last != result["updates"]:
-        raise ValueError(
-            f"{folder / 'metrics.csv'}: cannot be read (it ends at update {last:g}, the run at "
-            f"{result['updates']}); overwrite=true starts again"
-        )
+        with damaged(folder / "metrics.csv", ValueError):
+            raise ValueError(f"it ends at update {last}, the run at {result['updates']}")
     return result
 
 

@@ -120,7 +120,7 @@ def test_hparams_of_a_study(train, tmp_path):
         assert session["status"] == "STATUS_SUCCESS"
     columns = board.client.post("/data/plugin/hparams/experiment", json={}).json["hparamInfos"]
     assert [c["name"] for c in columns if c["differs"]] == [
-        *("batch_size", "learning_rate", "norm", "seed", "sgd_batch")
+        *("batch_size", "learning_rate", "norm", "seed", "sgd_batch_size")
     ]
     assert {c["name"] for c in columns} == set(sessions[name]["hparams"])
 
