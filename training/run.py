@@ -96,8 +96,9 @@ class Run:
             if cfg.overwrite:
                 self.clear()
             self.check_config(cfg)
-            for name in ("error.txt", "progress.json"):  # of an earlier attempt
-                (self.folder / name).unlink(missing_ok=True)
+            for name in ("error.txt", "progress.json", "*.tmp"):  # of an earlier attempt
+                for file in self.folder.glob(name):
+                    file.unlink(missing_ok=True)
         except BaseException:
             self._lock.close()
             raise

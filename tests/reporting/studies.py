@@ -77,7 +77,7 @@ def put(
         "protocol": protocol,
         "model": cfg.model.name,
         "data": cfg.data.name,
-        "recipe": "digits",
+        "recipe": cfg.recipe.name,
         "seed": seed,
         "batch_independent": free,
         "epochs": float(len(tested)),

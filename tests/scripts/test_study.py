@@ -98,7 +98,9 @@ def test_a_failure_is_kept_until_the_run_is_tried_again(train):
     (folder,) = study.glob("bn-b4-*")
     (folder / "result.json").unlink()
     (folder / "error.txt").write_text("before\n")
+    (folder / "last.pt.0a1b2c3d.tmp").write_text("of an attempt that was killed")
     train(*failing)
+    assert not list(folder.glob("*.tmp"))
     assert not (folder / "error.txt").exists()
     assert not (folder / "progress.json").exists()
 
