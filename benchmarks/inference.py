@@ -28,8 +28,8 @@ from torch import Tensor, nn
 import models
 import norms
 from norms import cpu_kernels
-from scripts.export import count_norms
 from training import device
+from training.export import count_norms
 from training.files import write
 from training.progress import say
 

@@ -30,8 +30,8 @@ from torch import Tensor
 import models
 import norms
 from benchmarks.inference import environment, measure, publish, summary
-from scripts.plan import memory
 from training import device
+from training.cost import memory
 from training.optimizer import sgd
 
 SCHEMES = ["bn", "gn", "ws_gn", "bcn", "pws", "mabn", "brn"]

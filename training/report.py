@@ -89,7 +89,7 @@ def hyperparameters(cfg: DictConfig, plan: Plan) -> dict[str, Any]:
     return {
         "norm": choices()["norm"],
         "batch_size": plan.batch,
-        "sgd_batch": plan.sgd_batch,
+        "sgd_batch_size": plan.sgd_batch,
         "protocol": cfg.protocol.name,
         "learning_rate": plan.lr,
         "model": model_name(cfg),
@@ -125,7 +125,7 @@ def result(
     source: Any,
     model: nn.Module,
     loader: Any,
-    batch_free: bool,
+    batch_independent: bool,
     now: Progress,
 ) -> dict[str, Any]:
     """The content of result.json. Accuracies in %, times in seconds; null after divergence.
@@ -145,13 +145,13 @@ def result(
         "study": cfg.study,
         **hyperparameters(cfg, plan),
         "debug": cfg.debug.name if cfg.get("debug") else None,
-        "forward": plan.forward,
+        "micro_batch": plan.forward,
         "devices": plan.devices,
         "ema": cfg.recipe.ema,
         "epochs": now.update / len(loader),
         "updates": now.update,
         "parameters": parameters(model),
-        "batch_free": batch_free,
+        "batch_independent": batch_independent,
         "train_images": len(loader.labels),
         "test_images": len(loader.test_labels),
         "image_shape": [source.channels, source.size, source.size],

@@ -1,21 +1,21 @@
 """The figures of a table: accuracy, training curves and costs. One style, for paper and screen."""
 
 import io
+import itertools
 import math
 import statistics
 import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from zlib import crc32
 
-from scripts.cells import axis
-from scripts.runs import Record, label
-from training.files import write
+import pandas as pd
 
-if TYPE_CHECKING:
-    from scripts.table import Cell, Table
+from reporting.cells import label
+from reporting.table import Table, axis
+from training.files import read_metrics, write
 
 # Okabe and Ito's palette, which the colour-blind can tell apart, and a marker for grey print.
 STYLES = [
@@ -66,11 +66,11 @@ def style(name: str) -> tuple[str, str]:
     return colour, SPARE[number // len(STYLES) % len(SPARE)]
 
 
-def styles(table: "Table") -> dict[Any, tuple[str, str]]:
+def styles(table: Table) -> dict[Any, tuple[str, str]]:
     """Colour and marker of every row."""
     if table.axes[0] == "norm":
-        return {row: style(row) for row in table.cells}
-    return dict(zip(table.cells, STYLES * (1 + len(table.cells) // len(STYLES)), strict=False))
+        return {row: style(row) for row in table.rows}
+    return dict(zip(table.rows, itertools.cycle(STYLES), strict=False))
 
 
 @contextmanager
@@ -143,7 +143,7 @@ def name_lines(axes: Any, ends: list[tuple[str, str, float, float]]) -> None:
         )
 
 
-def across(axes: Any, columns: list[Any], table: "Table") -> dict[Any, float]:
+def across(axes: Any, columns: list[Any], table: Table) -> dict[Any, float]:
     """Where each column stands on the x axis: by its logarithm if all are numbers above 0."""
     numbers = all(isinstance(c, int | float) and c > 0 for c in columns)
     places = {c: float(c) if numbers else float(i) for i, c in enumerate(columns)}
@@ -151,12 +151,9 @@ def across(axes: Any, columns: list[Any], table: "Table") -> dict[Any, float]:
         axes.set_xscale("log", base=2)
     axes.set_xticks(list(places.values()), [label(c) for c in columns])
     axes.minorticks_off()
-    axes.set_xlabel(axis(table.axes[1]) + " (images that share statistics)" * by_batch(table))
+    share = " (images that share statistics)" if table.axes[1] == "batch" else ""
+    axes.set_xlabel(axis(table.axes[1]) + share)
     return places
-
-
-def by_batch(table: "Table") -> bool:
-    return table.axes[1] == "batch"
 
 
 def line(axes: Any, points: list[tuple[float, list[float]]], colour: str, **options: Any) -> None:
@@ -169,7 +166,7 @@ def line(axes: Any, points: list[tuple[float, list[float]]], colour: str, **opti
     axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
 
 
-def draw(table: "Table", folder: Path, suffix: str = "") -> list[Path]:
+def draw(table: Table, folder: Path, suffix: str = "") -> list[Path]:
     """All figures of a table that its runs have numbers for; returns the PNG files, each of which
     has an SVG beside it."""
     accuracy = "error" if table.measure.errors else "accuracy"
@@ -183,24 +180,25 @@ def draw(table: "Table", folder: Path, suffix: str = "") -> list[Path]:
     return [file for file in made if file]
 
 
-def numbers(table: "Table", file: Path) -> Path | None:
+def numbers(table: Table, file: Path) -> Path | None:
     """The table's numbers against its columns, with a mark where a run was made, and dashed what is
     published."""
     from matplotlib.lines import Line2D
 
-    if not any(cell.values for cells in table.cells.values() for cell in cells.values()):
+    finished = table.runs.dropna(subset="value")
+    if finished.empty:
         return None
-    with figure(file, table.title, (1, 1), (7, 3.4 + 0.12 * len(table.cells))) as (drawn, (axes,)):
+    with figure(file, table.title, (1, 1), (7, 3.4 + 0.12 * len(table.rows))) as (drawn, (axes,)):
         columns = list(table.columns)
-        if by_batch(table):
+        if table.axes[1] == "batch":
             columns = sorted({*columns, *(b for curve in table.curves.values() for b in curve)})
         place = across(axes, columns, table)
         ends = []
         for row, (colour, marker) in styles(table).items():
-            cells = {c: cell for c, cell in table.cells[row].items() if cell.values}
-            ours = [(place[c], cell.values) for c, cell in cells.items()]
-            trained = [i for i, cell in enumerate(cells.values()) if not cell.filled]
-            theirs = [(place[b], [x]) for b, x in table.curves.get(row, {}).items()]
+            groups = finished[finished["row"] == row].groupby("column", observed=True)
+            ours = [(place[column], list(group["value"])) for column, group in groups]
+            trained = [i for i, (_, group) in enumerate(groups) if not group["filled"].any()]
+            theirs = [(place[b], [x]) for b, x in sorted(table.curves.get(row, {}).items())]
             dashed: dict[str, Any] = {
                 "linestyle": (0, (4, 2)),
                 "linewidth": 1.1,
@@ -223,59 +221,51 @@ def numbers(table: "Table", file: Path) -> Path | None:
     return file
 
 
-def learning(cell: "Cell", errors: bool) -> list[tuple[float, list[float]]]:
+def learning(runs: pd.DataFrame, errors: bool) -> list[tuple[float, list[float]]]:
     """Epoch and the test accuracies of the seeds, where all of them were evaluated."""
     curves = [
-        {e["epoch"]: e["test_top1"] for e in r.epochs if "test_top1" in e} for r in cell.finished
+        pd.Series({e["epoch"]: e["test_top1"] for e in epochs if "test_top1" in e}, dtype=float)
+        for epochs in runs["history"]
     ]
-    shared = sorted(set.intersection(*map(set, curves))) if curves else []
-    return [(epoch, [100 - c[epoch] if errors else c[epoch] for c in curves]) for epoch in shared]
+    shared = pd.concat(curves, axis=1, join="inner") if curves else pd.DataFrame()
+    shared = 100 - shared if errors else shared
+    return [(epoch, list(row)) for epoch, row in shared.sort_index().iterrows()]
 
 
-def training_curves(table: "Table", file: Path, most: int = 4) -> Path | None:
+def training_curves(table: Table, file: Path, most: int = 4) -> Path | None:
     """Test accuracy after each epoch, a panel for each of at most `most` columns."""
-    errors = table.measure.errors
+    finished = table.runs[table.runs["status"] == "finished"]
     points = {
-        column: {row: learning(cells[column], errors) for row, cells in table.cells.items()}
-        for column in table.columns
+        at: learning(group, table.measure.errors)
+        for at, group in finished.groupby(["row", "column"], observed=True)
     }
-    columns = [c for c, rows in points.items() if any(len(x) > 1 for x in rows.values())]
+    columns = [c for c in table.columns if any(len(points.get((r, c), ())) > 1 for r in table.rows)]
     if not columns:
         return None
-    title = table.title
+    over, title = axis(table.axes[1]), table.title
     if len(columns) > most:
         shown = [columns[round(i * (len(columns) - 1) / (most - 1))] for i in range(most)]
         left = ", ".join(label(c) for c in columns if c not in shown)
-        columns, title = shown, f"{title}; not drawn: {axis(table.axes[1])} {left}"
+        columns, title = shown, f"{title}; not drawn: {over} {left}"
     shape = (math.ceil(len(columns) / 2), min(2, len(columns)))
     size = (7 if len(columns) > 1 else 6, 0.9 + 2.5 * shape[0])
     with figure(file, title, shape, size, sharex=True, sharey=True) as (drawn, panels):
         for axes, column in zip(panels, columns, strict=False):
             for i, (row, (colour, marker)) in enumerate(styles(table).items()):
-                epochs = points[column][row]
-                if epochs:
+                if epochs := points.get((row, column)):
                     every = max(1, len(epochs) // 6)
-                    line(
-                        axes,
-                        epochs,
-                        colour,
-                        marker=marker,
-                        markevery=(i % every, every),
-                        label=label(row),
-                    )
-            axes.set_title(f"{axis(table.axes[1])} {label(column)}")
+                    marks = {"marker": marker, "markevery": (i % every, every)}
+                    line(axes, epochs, colour, label=label(row), **marks)
+            axes.set_title(f"{over} {label(column)}")
             axes.set_xlabel("epoch")
             axes.xaxis.get_major_locator().set_params(integer=True)
         for axes in panels[len(columns) :]:
             axes.set_visible(False)
         for axes in panels:
             axes.label_outer()
-        drawn.supylabel(f"test {'error' if errors else 'accuracy'} (%)", fontsize=9)
-        handles = {
-            name: line
-            for axes in panels
-            for line, name in zip(*axes.get_legend_handles_labels(), strict=True)
-        }
+        drawn.supylabel(f"test {'error' if table.measure.errors else 'accuracy'} (%)", fontsize=9)
+        named = [axes.get_legend_handles_labels() for axes in panels]
+        handles = {name: mark for pair in named for mark, name in zip(*pair, strict=True)}
         drawn.legend(
             *(handles.values(), handles),
             loc="outside lower center",
@@ -286,50 +276,114 @@ def training_curves(table: "Table", file: Path, most: int = 4) -> Path | None:
     return file
 
 
-def epoch_seconds(run: Record) -> float | None:
+def epoch_seconds(run: pd.Series) -> float | None:
     """Of training an epoch, evaluation aside: the median over epochs."""
-    speeds = [e["images_per_second"] for e in run.epochs if e.get("images_per_second")]
-    return run.epochs[0]["update"] * run.sgd_batch / statistics.median(speeds) if speeds else None
+    speeds = [e["images_per_second"] for e in run["history"] if e.get("images_per_second")]
+    updates = run["history"][0]["update"] if speeds else 0
+    return updates * run["sgd_batch_size"] / statistics.median(speeds) if speeds else None
 
 
-def gibibytes(run: Record) -> float | None:
-    memory = run.result and run.result.get("peak_memory_bytes")
-    return memory / 2**30 if memory else None
+def gibibytes(run: pd.Series) -> float | None:
+    memory = run["peak_memory_bytes"]
+    return None if pd.isna(memory) else memory / 2**30
 
 
-def costs(table: "Table", file: Path) -> Path | None:
+def costs(table: Table, file: Path) -> Path | None:
     """Time of an epoch and peak memory against the columns, of runs on the same hardware."""
-    from matplotlib.ticker import LogLocator
-
-    runs = [r for cells in table.cells.values() for c in cells.values() for r in c.finished]
-    if len({(r.result["device"], r.result["threads"]) for r in runs if r.result}) != 1:
+    runs = table.runs[(table.runs["status"] == "finished") & ~table.runs["filled"]]
+    if len(set(zip(runs["device"], runs["threads"], strict=True))) != 1:
         return None
-    panels = {"seconds per epoch (training)": epoch_seconds, "peak memory (GiB)": gibibytes}
-    panels = {name: of for name, of in panels.items() if any(map(of, runs))}
+    panels = {}
+    for name, of in {
+        "seconds per epoch (training)": epoch_seconds,
+        "peak memory (GiB)": gibibytes,
+    }.items():
+        cost = pd.Series([of(run) for _, run in runs.iterrows()], runs.index, dtype=float)
+        if cost.notna().any():
+            panels[name] = runs.assign(cost=cost).dropna(subset="cost")
     if not panels:
         return None
-    size = (3.2 + 3.2 * len(panels), 3.2 + 0.12 * len(table.cells))
+    size = (3.2 + 3.2 * len(panels), 3.2 + 0.12 * len(table.rows))
     with figure(file, table.title, (1, len(panels)), size) as (_, grid):
-        for axes, (name, of) in zip(grid, panels.items(), strict=True):
+        for axes, (name, measured) in zip(grid, panels.items(), strict=True):
             place = across(axes, table.columns, table)
-            ends, shown = [], []
+            ends = []
             for row, (colour, marker) in styles(table).items():
-                points = []
-                for column, cell in table.cells[row].items():
-                    found = [x for x in map(of, cell.finished) if x and not cell.filled]
-                    points += [(place[column], found)] if found else []
+                groups = measured[measured["row"] == row].groupby("column", observed=True)["cost"]
+                points = [(place[column], list(group)) for column, group in groups]
                 line(axes, points, colour, marker=marker)
-                shown += [x for _, values in points for x in values]
                 if points:
                     x, values = points[-1]
                     ends.append((label(row), colour, x, statistics.fmean(values)))
-            if max(shown) > 5 * min(shown):
-                axes.set_yscale("log")
-                axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-                axes.yaxis.set_major_formatter("{x:g}")
-                axes.yaxis.set_minor_formatter("")
-            else:
-                axes.set_ylim(0, 1.08 * max(shown))
+            low, high = measured["cost"].min(), measured["cost"].max()
+            logarithmic(axes) if high > 5 * low else axes.set_ylim(0, 1.08 * high)
             axes.set_ylabel(name)
             name_lines(axes, ends)
     return file
+
+
+def logarithmic(axes: Any) -> None:
+    """The y axis, with plain numbers."""
+    from matplotlib.ticker import LogLocator
+
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("")
+
+
+PROBES = {  # statistic: what its panel says, and a line to compare with
+    "mean_spread": ("batch mean / its layer's deviation", None),
+    "var_spread": ("batch variance / its average", None),
+    "phi_spread": ("backward: mean of g / rms of g", None),
+    "psi_spread": ("backward: mean of g z / rms of g", None),
+    "gradient_shift": ("mean of a filter's gradient (chance: 1)", 1.0),
+    "weight_shift": ("mean of a filter's weights (chance: 1)", 1.0),
+    "output_variance": ("variance of the convolution's output", None),
+}
+
+
+def probed(run: Path, epoch: int | None) -> dict[str, dict[str, float]]:
+    """Statistic: {layer: value}, of a run's last epoch or of `epoch`. Raises `ValueError` if it has
+    none."""
+    rows = [row for row in read_metrics(run) if epoch is None or row["epoch"] == epoch]
+    curves: dict[str, dict[str, float]] = {}
+    for column, value in rows[-1].items() if rows else ():
+        if column.startswith("probe/"):
+            _, statistic, layer = column.split("/")
+            curves.setdefault(statistic, {})[layer] = value
+    if not set(curves) & set(PROBES):
+        when = "" if epoch is None else f" in epoch {epoch}"
+        raise ValueError(f"{run}: metrics.csv has no column of a probe{when}; train with probe=…")
+    return curves
+
+
+def probes(runs: dict[str, dict[str, dict[str, float]]], file: Path) -> None:
+    """The picture of a probe, a panel per statistic and a line per run; raises `ValueError` if the
+    runs do not have the same ones."""
+    first, *others = runs.values()
+    names = [name for name in PROBES if name in first]
+    layers = list(first[names[0]])
+    if any([name for name in PROBES if name in other] != names for other in others):
+        raise ValueError("the runs have different probes; expected runs of one probe")
+    if any(list(other[names[0]]) != layers for other in others):
+        raise ValueError("the runs have different layers; expected runs of one network")
+    with figure(file, "", (1, len(names)), (3.2 * len(names), 3.9)) as (drawn, grid):
+        for axes, name in zip(grid, names, strict=True):
+            title, reference = PROBES[name]
+            for (run, curves), (colour, marker) in zip(
+                runs.items(), itertools.cycle(STYLES), strict=False
+            ):
+                axes.plot(list(curves[name].values()), color=colour, marker=marker, label=run)
+            if reference is not None:
+                axes.axhline(reference, color="grey", linewidth=0.8, linestyle=":")
+            values = [value for curves in runs.values() for value in curves[name].values()]
+            wide = (
+                5 < max(values) / max(min(values), 1e-30) < 1000
+            )  # 0, but for rounding, has no log
+            logarithmic(axes) if wide else axes.set_ylim(bottom=0)
+            axes.tick_params("y", labelsize=7)
+            axes.set_xticks(range(len(layers)), layers, rotation=90, fontsize=6)
+            axes.set_title(title, fontsize=8)
+        handles, labels = grid[0].get_legend_handles_labels()
+        drawn.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=8)

@@ -2,12 +2,13 @@ import shlex
 
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from rich.console import Console
 
-from scripts.runs import Measure, read
-from scripts.selection import select
-from scripts.table import Options, show
-from tests.scripts.studies import put
+from reporting.measure import Measure
+from reporting.output import show
+from reporting.read import load
+from reporting.selection import select
+from reporting.table import Options
+from tests.reporting.studies import put, squeezed
 
 EXPERIMENT = ("experiment=cifar10_small", "study=x_lr", "data.holdout=0.1", "runtime.threads=1")
 
@@ -29,8 +30,8 @@ def hold(study, norm, lr, top1=None, batch=32, seed=0, **other):
 
 
 def chosen(*studies, key="recipe.lr", **measure):
-    shown, found = select(read(*studies), key, Measure(**measure))
-    return {r.folder.parent.name for r in shown}, found
+    shown, found = select(load(*studies), key, Measure(**measure))
+    return set(shown["study"]), found
 
 
 def refused(*studies, **options):
@@ -108,10 +109,10 @@ def test_never_on_test_images(tmp_path):
             show([tmp_path / "y"], Options(select=key))
 
 
-def test_the_table_shows_the_values_and_the_commands(held, capsys):
-    show([held], Options(select="recipe.lr"), Console(markup=False, soft_wrap=True, width=200))
-    text, screen = (held / "table.md").read_text(), capsys.readouterr().out
-    assert "| scheme \\ batch size | recipe.lr | 32 |\n|---|---|---:|\n" in text
+def test_the_table_shows_the_values_and_the_commands(held, script):
+    screen = script(held, "--select", "recipe.lr")
+    text = squeezed((held / "table.md").read_text())
+    assert "| scheme \\ batch size | recipe.lr | 32 |\n|:-|:-|-:|\n" in text
     assert "| bn | 0.1 | 60.00 (1) |" in text
     assert "| mabn | 0.3 | 60.00 (1) |" in text
     assert "evaluated on held-out training images" in text
@@ -144,15 +145,15 @@ def test_commands_keep_what_belongs_to_some_schemes_alone(tmp_path):
     ]
 
 
-def test_the_first_chooses_and_the_second_is_shown(held, tmp_path, capsys):
+def test_the_first_chooses_and_the_second_is_shown(held, tmp_path, script):
     for norm, lr in (("bn", 0.1), ("mabn", 0.3), ("mabn", 0.1)):
         put(tmp_path / "x", norm, 2, 0, 70 + lr, recipe__lr=lr, experiment="cifar10_small")
     studies = [held, tmp_path / "x"]
     assert chosen(*studies)[0] == {"x"}
-    shown = show(studies, Options(select="recipe.lr"), Console(width=200))
-    assert "The final study" not in capsys.readouterr().out
-    text = (tmp_path / "x" / "table.md").read_text()
-    assert shown.markdown == text
+    assert "The final study" not in script(*studies, "--select", "recipe.lr")
+    text = squeezed((tmp_path / "x" / "table.md").read_text())
+    assert squeezed(show(studies[::-1], Options(select="recipe.lr")).markdown) == text
+    assert not (held / "table.md").exists()  # whichever comes last on the command line
     assert text.startswith("x: top-1 accuracy")
     assert "held-out training images from 0.03, 0.1, 0.3" in text
     assert ", evaluated on held-out" not in text
@@ -168,7 +169,17 @@ def test_a_final_study_with_another_value_is_refused(held, tmp_path):
 
 
 def test_a_final_study_that_differs_in_more_is_refused(held, tmp_path):
-    put(tmp_path / "x", "bn", 2, 0, 70.0, recipe__epochs=7)
+    put(tmp_path / "x", "bn", 2, 0, 70.0, recipe__weight_decay=0.1)
+    assert "differ in recipe.weight_decay" in refused(held, tmp_path / "x")
+
+
+def test_the_runs_that_choose_may_be_shorter_and_the_table_says_so(held, tmp_path):
+    for norm in ("bn", "gn", "mabn"):
+        longer = {"recipe__epochs": 30, "recipe__lr": 0.3 if norm == "mabn" else 0.1}
+        put(tmp_path / "x", norm, 32, 0, 70.0, **longer)
+    text = show([held, tmp_path / "x"], Options(select="recipe.lr")).markdown
+    assert "held-out training images from 0.03, 0.1, 0.3 with recipe.epochs=absent (0.1:" in text
+    put(tmp_path / "x", "bn", 32, 1, 70.0, recipe__epochs=20)
     assert "differ in recipe.epochs" in refused(held, tmp_path / "x")
 
 
@@ -176,8 +187,8 @@ def test_a_final_study_by_itself_may_differ_between_schemes(tmp_path):
     for norm, lr in (("bn", 0.1), ("mabn", 0.3)):
         put(tmp_path / "x", norm, 2, 0, 70.0, recipe__lr=lr)
     shown = show([tmp_path / "x"], Options(select="recipe.lr"))
-    assert "| mabn | 0.3 | 70.00 (1) |" in shown.markdown
-    assert "recipe.lr of each scheme (0.1: bn; 0.3: mabn)" in shown.markdown
+    assert "| mabn | 0.3 | 70.00 (1) |" in squeezed(shown.markdown)
+    assert "recipe.lr of each scheme (0.1: bn; 0.3: mabn)" in squeezed(shown.markdown)
     assert "chosen" not in shown.markdown
 
 

@@ -4,10 +4,10 @@ import pytest
 
 import norms
 from models import NETWORKS
-from scripts.published import choose, load, number, scheme, table_name
-from scripts.runs import RULES
+from reporting.measure import RULES
+from reporting.published import choose, load, number, scheme, table
 
-TABLES = {table_name(row) for row in load()["rows"]}
+TABLES = set(table()["name"])
 EXPERIMENTS = load()["experiments"]
 
 
@@ -61,3 +61,14 @@ def test_numbers_keep_their_decimals():
 def test_no_experiment_no_reference():
     reference = choose([None, "quickstart"])
     assert (reference.tables, reference.papers, reference.not_found) == ([], {}, [])
+
+
+def test_published_rows_are_whole():
+    data = load()
+    assert {row["source"] for row in data["rows"]} == set(data["sources"])
+    known = {"paper", "table", "dataset", "model", "norm", "norm_batch", "sgd_batch", "top1_acc"}
+    known |= {"top1_error", "top5_error", "plus_minus", "epochs", "lr", "source", "note"}
+    for row in data["rows"]:
+        assert set(row) <= known
+        assert ("top1_acc" in row) != ("top1_error" in row)
+        assert 50 < row.get("top1_acc", 100 - row.get("top1_error", 0)) < 100

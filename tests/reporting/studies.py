@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from pathlib import Path
 from zlib import crc32
 
@@ -70,9 +71,19 @@ def put(
         "top5": top1 and 99.0,
         "best_top1": top1 and max(tested),
         "test_loss": top1 and 1.5,
-        "batch_free": free,
-        "sgd_batch": cfg.protocol.sgd_batch or batch,
+        "norm": norm,
+        "batch_size": batch,
+        "sgd_batch_size": cfg.protocol.sgd_batch or batch,
+        "protocol": protocol,
+        "model": cfg.model.name,
+        "data": cfg.data.name,
+        "recipe": cfg.recipe.name,
+        "seed": seed,
+        "batch_independent": free,
         "epochs": float(len(tested)),
+        "updates": 40 * len(tested),
+        "parameters": 1000,
+        "images_per_second": 640.0,
         "wall_seconds": 60.0,
         "peak_memory_bytes": None,
         "threads": 1,
@@ -81,3 +92,8 @@ def put(
     }
     (folder / "result.json").write_text(json.dumps(content | (result or {})))
     return folder
+
+
+def squeezed(text):
+    """Without the spaces and dashes that align a table."""
+    return re.sub(" +", " ", re.sub("-{2,}", "-", text))

@@ -4,11 +4,11 @@ import matplotlib.figure
 import pytest
 from matplotlib.colors import to_hex
 
-from scripts import figure
-from scripts.figure import SCHEMES, spread_out, style
-from scripts.runs import read
-from scripts.table import Options, make
-from tests.scripts.studies import put
+from reporting import figures as figure
+from reporting.figures import SCHEMES, spread_out, style
+from reporting.read import load
+from reporting.table import Options, make
+from tests.reporting.studies import put
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def study(tmp_path):
 
 
 def table(study, **options):
-    return make(read(study), "", Options(**options))
+    return make(load(study), "", Options(**options))
 
 
 def lines(axes):
