@@ -1,4 +1,4 @@
-"""`runtime.compile` and `runtime.threads`: what is chosen and why; compiled it computes the same."""
+"""`runtime.compile`, `runtime.threads`: what is chosen and why; compiled it computes the same."""
 
 import json
 from functools import partial
@@ -113,14 +113,15 @@ def test_a_compiler_that_fails_is_told_and_done_without(mode, train, monkeypatch
     monkeypatch.setattr(torch, "compile", compile)
     ends = []
     for wish in (mode, "false"):
-        done = train("norm=mabn", "recipe.updates=3", f"runtime.compile={wish}", f"study=wish-{wish}")
+        keys = ["norm=mabn", "recipe.updates=3", f"runtime.compile={wish}", f"study=wish-{wish}"]
+        done = train(*keys)
         assert done.status == 0, done.err
         folder = next(done.runs.glob(f"wish-{wish}/mabn*"))
         ends.append(torch.load(folder / "last.pt", weights_only=True)["model"])
         result = json.loads((folder / "result.json").read_text())
         assert result["compiled"] == "false"
         if wish != "false":
-            told = f"runtime.compile={mode}: torch.compile does not work here (RuntimeError: No wo"
+            told = f"runtime.compile={mode}: torch.compile does not work here (RuntimeError: No "
             assert told in done.out
             assert result["compiled_reason"] == "compiling failed"
     assert all(torch.equal(v, ends[1][k]) for k, v in ends[0].items())
