@@ -54,7 +54,7 @@ def main(cfg: DictConfig) -> float | None:
     if cfg.runtime.compile:
         device.check_compiler(where)
 
-    with Run(cfg, say) as run:
+    with Run(cfg, say, source.listing) as run:
         if over := run.result():
             say(f"{run.folder}: {over['status']} already, skipped")
             return over["top1"]

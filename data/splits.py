@@ -12,22 +12,24 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Split:
-    """`images`: (N, C, H, W) uint8; `labels`: (N,) int64."""
+    """`images`: (N, C, H, W) uint8; `labels`: (N,) int64; `unreadable`: images that are not among
+    them."""
 
     images: Tensor
     labels: Tensor
+    unreadable: int = 0
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def take(self, index: Tensor) -> "Split":
-        return Split(self.images[index], self.labels[index])
+        return replace(self, images=self.images[index], labels=self.labels[index])
 
 
 @dataclass(frozen=True)
 class Files:
     """Images that stay on disk. `names`: (N,) bytes, paths below `root`; `labels`: (N,) int64;
-    `upright`: whether they are turned as EXIF says.
+    `apply_exif`: whether they are turned as EXIF says.
 
     An array of bytes and not a list of texts: a million names are a single copy for each worker.
     """
@@ -35,7 +37,7 @@ class Files:
     root: Path
     names: np.ndarray
     labels: Tensor
-    upright: bool = False
+    apply_exif: bool = False
 
     def __len__(self) -> int:
         return len(self.labels)

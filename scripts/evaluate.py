@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 import data
 import norms
-from data.stream import CROPS
+from data.transforms import CROPS
 from scripts.export import configuration, outcome, trained
 from training import device as devices
 from training.cli import MISTAKES, explain

@@ -25,6 +25,7 @@ import norms
 from models.weights import of_checkpoint
 from scripts.plan import network
 from training import protocol
+from training.config import read_config
 from training.files import read, write
 
 TOLERANCE = 1e-4  # of the largest logit; float32 rounds to some 1e-6
@@ -52,7 +53,7 @@ def configuration(run: Path) -> Any:
     file = run / ".hydra" / "config.yaml"
     if not file.exists():
         raise ValueError(f"{run}: not a run; expected a folder such as runs/quickstart/bn-b2-s0")
-    return OmegaConf.create(read(file, "batch", "norm", "model", "protocol", "recipe"))
+    return OmegaConf.create(read_config(file, "batch", "norm", "model", "protocol", "recipe"))
 
 
 def outcome(run: Path) -> dict[str, Any]:

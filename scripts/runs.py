@@ -12,7 +12,8 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from training.config import flatten, identity
+from training import dataset
+from training.config import flatten, identity, read_config
 from training.files import read as load
 
 RULES = {"last": "last epoch", "best": "best epoch", "median5": "median of the last 5 epochs"}
@@ -94,18 +95,21 @@ class Record:
 def read(*studies: Path) -> list[Record]:
     """All runs of the studies. Raises `ValueError` if one has none, or a file is damaged."""
     records = []
+    called = dataset.names([file.parent for s in studies for file in sorted(s.glob("*/data.json"))])
     for study in studies:
         files = sorted(study.glob("*/.hydra/config.yaml"))
         if not files:
             raise ValueError(f"{study}: no runs in it; expected a folder such as runs/quickstart")
         for file in files:
             folder = file.parent.parent
-            whole = OmegaConf.create(load(file, "batch", "seed"))
+            whole = OmegaConf.create(read_config(file, "batch", "seed"))
             choices = load(file.with_name("hydra.yaml"), "hydra")["hydra"]["runtime"]["choices"]
             done, failed = folder / "result.json", folder / "error.txt"
             result = load(done, "status", "batch_free", "sgd_batch") if done.exists() else None
             error = " ".join(failed.read_text().split()) if failed.exists() else None
             config = identity(whole) | {"norm": choices["norm"]}
+            if "data.root" in config and folder in called:
+                config["data.root"] = called[folder]
             records.append(Record(folder, choices, whole, config, result, error))
     return records
 
