@@ -11,7 +11,7 @@ from data.listing import describe_ignored
 from data.loader import Loader, check_size
 from data.mixing import Mixed
 from data.sources import Source, cifar, digits, folder, synthetic
-from data.splits import Files, Split, stratified
+from data.splits import Files, Split, describe_skipped, stratified
 from data.stream import Stream
 from data.transforms import CROPS
 
@@ -131,6 +131,9 @@ def load(
     own: dict[str, Any] = dict(device=device, share=share)
     loader: Loader | Stream
     if isinstance(train, Split):
+        for part, split in (("train", train), ("test", test)):
+            if split.unread:
+                say(f"  {describe_skipped(part, split.unread)}")
         loader = Loader(train, test, sgd_batch, seed, keys["crop"], keys["flip"], **own)
     else:
         keys |= {key: config[key] for key in ("size", "workers", "on_error")}

@@ -41,9 +41,8 @@ def decode(file: Path, apply_exif: bool = False) -> Tensor:
             raise ValueError("the file is empty")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of damaged metadata, which nobody looks at
-            with Image.open(
-                io.BytesIO(content.data)
-            ) as image:  # reads the header, refuses huge images
+            # Reads the header alone, and refuses huge images whichever decoder would take them.
+            with Image.open(io.BytesIO(content.data)) as image:
                 decoder = _jpeg_decoder()
                 if decoder and image.format in ("JPEG", "MPO"):
                     try:

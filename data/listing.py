@@ -4,6 +4,7 @@ import hashlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,7 @@ class Listing:
     test: Files
     ignored: Ignored
 
+    @cached_property
     def fingerprint(self) -> Fingerprint:
         return {
             "train": _digests(self.train, self.classes),

@@ -60,7 +60,8 @@ class Loader:
         self.seed, self.sgd_batch, self.crop, self.flip = seed, sgd_batch, crop, flip
         self.share = share
         self.updates_per_epoch, self.dropped = divmod(len(train), sgd_batch)
-        self.unreadable = {"train": train.unreadable, "test": test.unreadable}
+        self.unreadable = {"train": len(train.unread), "test": len(test.unread)}
+        train, test = train.replace_unread(), test.drop_unread()
         # Histograms, not sums of floats: the same to the last bit on every device.
         values = np.arange(256) / 255
         stats = []

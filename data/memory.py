@@ -15,21 +15,11 @@ from data.listing import printable
 from data.splits import Files, Split
 
 
-def describe_skipped(part: str, instead: str, unread: list[str]) -> str:
-    """What data.on_error=skip did, in one line."""
-    more = f"; and {len(unread) - 3} more" if len(unread) > 3 else ""
-    return (
-        f"data.on_error=skip: {len(unread)} unreadable {part} images {instead}: "
-        f"{'; '.join(unread[:3])}{more}"
-    )
-
-
 def hold(
     files: Files, part: str, size: int, cache: str, on_error: str, log: Callable[[str], None]
 ) -> Split:
-    """The images, short side scaled to `size` and the centre cut out, without unreadable ones if
-    `on_error` is "skip". Raises `ValueError` for one otherwise, or if no image of a class can be
-    read.
+    """The images, short side scaled to `size` and the centre cut out. Raises `ValueError` for one
+    that cannot be read, or, if `on_error` is "skip", for a class of which none can.
 
     A copy is kept in `cache`. It saves time and nothing depends on it: one that is damaged or
     cannot be written costs a line. It holds all images or is not there.
@@ -40,7 +30,7 @@ def hold(
     try:
         kept = Path(str(cache)).expanduser() / name
         if kept.exists():
-            with np.load(kept) as arrays:
+            with open(kept, "rb") as file, np.load(file) as arrays:
                 images = arrays["images"]
             if images.shape == shape and images.dtype == np.uint8:
                 return Split(torch.from_numpy(images), files.labels)
@@ -58,19 +48,17 @@ def hold(
                     f"{error}; data.on_error=skip goes on without such images"
                 ) from None
             unread[i] = str(error)
-    if unread:  # so that they are said again the next time, there is no copy
-        readable = torch.ones(len(files), dtype=torch.bool)
-        readable[list(unread)] = False
-        lost = set(files.labels.tolist()) - set(files.labels[readable].tolist())
+    if unread:  # there is no copy, so that they are said again the next time
+        errors = np.array([unread.get(i, "") for i in range(len(files))])
+        split = Split(torch.from_numpy(images), files.labels, errors)
+        lost = set(files.labels.tolist()) - set(split.drop_unread().labels.tolist())
         for i, what in unread.items():
             if int(files.labels[i]) in lost:
-                folder = printable(os.fsdecode(files.names[i]).split("/")[0])
+                folder = os.fsdecode(files.names[i]).split("/")[0]
                 raise ValueError(
                     f"none of the images of {part}/{folder} can be read; the first: {what}"
                 )
-        log(describe_skipped(part, "left out", list(unread.values())))
-        kept_images = torch.from_numpy(images[readable.numpy()])
-        return Split(kept_images, files.labels[readable], len(unread))
+        return split
     try:
         if kept:
             _save(kept, images)

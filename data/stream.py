@@ -20,8 +20,7 @@ from torch.utils.data import DataLoader
 
 from data.decoding import decode
 from data.loader import Share, check_size, portion
-from data.memory import describe_skipped
-from data.splits import Files
+from data.splits import Files, describe_skipped
 from data.transforms import COLOURS, CROPS, centre, cut, scale
 
 BLOCK = 32  # images that a worker delivers at once, however small or large the SGD batch
@@ -260,8 +259,7 @@ class Stream:
             ) from error
         finally:  # also where the last update comes before the epoch's end
             if unread:
-                instead = "left out" if split == "test" else "replaced by the next ones"
-                self.say(f"  {describe_skipped(split, instead, unread)}")
+                self.say(f"  {describe_skipped(split, unread)}")
 
     def check(self, block: Block, least: int) -> None:
         """Raise `ValueError` if an image could not be read and none may be skipped, or if fewer

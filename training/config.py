@@ -112,9 +112,7 @@ OmegaConf.register_new_resolver("times", times, replace=True)
 OmegaConf.register_new_resolver("processes", distributed.size, replace=True)
 
 
-# Folders of runs on data that have another path now, by the folder that this path would give them.
-RELOCATED: dict[Path, Path] = {}
-
+MOVED = "moved_to"  # in a folder without a run: the name of the run of this configuration
 RENAMED = {"data.complete": "data.verify_counts"}  # keys of stored runs that have another name now
 
 
@@ -209,7 +207,9 @@ def folder(cfg: DictConfig) -> Path:
         if cfg[key] is not None and (not name or os.path.basename(name) != str(cfg[key])):
             raise ValueError(f"{key}={cfg[key]}: expected the name of a folder, without slashes")
     path = Path(str(cfg.runtime.runs)) / str(cfg.study) / run_name(cfg)
-    return RELOCATED.get(path, path)
+    if (path / MOVED).exists():  # its data had another path when it began
+        path = path.with_name((path / MOVED).read_text())
+    return path
 
 
 def check_precision(cfg: DictConfig, loss_scaling: bool) -> None:

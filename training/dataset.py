@@ -6,13 +6,12 @@ its files: so data may move, and other data under the same path are noticed.
 
 import json
 import os
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
 
-from training.config import RELOCATED, identity, read_config
+from training.config import MOVED, identity, read_config
 from training.files import read, write
 from training.progress import say
 
@@ -32,54 +31,65 @@ def locate(folder: Path, cfg: DictConfig, listing: Any) -> Path:
         return folder
     if (folder / ".hydra").exists():
         return folder
-    ours, path = identity(cfg) | {"data.root": None}, _path(cfg)
-    here = None
+    ours, path = identity(cfg) | {"data.root": None}, _path(cfg.data.root)
     for file in sorted(folder.parent.glob(f"{folder.name.rpartition('-')[0]}*/.hydra/config.yaml")):
-        config, run = read_config(file, "batch", "seed", "data"), file.parent.parent
-        there = _path(config)
-        if not there or identity(config) | {"data.root": None} != ours:
+        try:
+            config, run = read_config(file, "batch", "seed", "data"), file.parent.parent
+        except ValueError:  # a damaged run, whose own command says so
             continue
+        if identity(config) | {"data.root": None} != ours:
+            continue
+        kept = read(run / FILE, "root", "files") if (run / FILE).exists() else None
+        there = _path(kept["root"] if kept else config["data"].get("root"))
         gone, alike = not there.exists(), there.name == path.name
-        if (run / FILE).exists():
-            here = here or listing.fingerprint()
-            same = (gone or alike) and not differences(read(run / FILE, "files")["files"], here)
+        if kept and (gone or alike) and there != path:
+            same = not differences(kept["files"], listing.fingerprint)
         else:
-            same = alike and (gone or there == path)
+            same = there == path or (gone and alike)
         if same:
-            say(f"data.root={cfg.data.root}: the data of {run}, which were in {there}")
+            if there != path:
+                say(f"data.root={cfg.data.root}: the data of {run}, which were in {there}")
+            folder.mkdir(exist_ok=True)
+            write(folder / MOVED, run.name)
             (folder / "error.txt").unlink(missing_ok=True)  # of an attempt before they were found
-            with suppress(OSError):
-                folder.rmdir()
-            RELOCATED[folder] = run
             return run
     return folder
 
 
-def check(folder: Path, cfg: DictConfig, listing: Any) -> list[str]:
+def compare(folder: Path, cfg: DictConfig, listing: Any) -> list[str]:
     """What differs between the data that the run in `folder` saw and those of `listing` (None: not
-    a folder of the user's). A run that has come to nothing yet sees these from now on."""
+    a folder of the user's); empty for a run that has come to nothing yet."""
     from data.listing import differences
 
-    begun = any((folder / name).exists() for name in ("result.json", "last.pt", "previous.pt"))
-    here = listing.fingerprint() if listing else None
+    if not any((folder / name).exists() for name in ("result.json", "last.pt", "previous.pt")):
+        return []
     file = folder / FILE
-    if begun and file.exists():
-        there = read(file, "files")["files"]
-        if here is None:
-            return [f"images of a folder there, data={cfg.data.name}'s own here"]
-        return differences(there, here)
-    if begun and here:
-        if read_config(folder / ".hydra" / "config.yaml", "data")["data"].get("root") is None:
-            return [f"data={cfg.data.name}'s own images there, those of a folder here"]
-        say(
-            f"{folder}: from before runs kept a fingerprint of their data; data.root="
-            f"{cfg.data.root} is taken to hold the same"
-        )
-    if here and not (folder / "result.json").exists():
-        write(file, json.dumps({"root": str(_path(cfg)), "files": here}, indent=1) + "\n")
-    elif not begun:
-        file.unlink(missing_ok=True)
+    if listing and file.exists():
+        return differences(read(file, "files")["files"], listing.fingerprint)
+    if file.exists():
+        return [f"images of a folder there, data={cfg.data.name}'s own here"]
+    if not listing:
+        return []
+    if read_config(folder / ".hydra" / "config.yaml", "data")["data"].get("root") is None:
+        return [f"data={cfg.data.name}'s own images there, those of a folder here"]
+    say(
+        f"{folder}: from before runs kept a fingerprint of their data; data.root={cfg.data.root} "
+        f"is taken to hold the same"
+    )
     return []
+
+
+def keep(folder: Path, cfg: DictConfig, listing: Any) -> None:
+    """Write down what the run in `folder` sees and where it is, if that can be known: not for one
+    that was over before there were fingerprints."""
+    file = folder / FILE
+    if not listing:
+        file.unlink(missing_ok=True)
+    elif file.exists() or not (folder / "result.json").exists():
+        content = {"root": str(_path(cfg.data.root)), "files": listing.fingerprint}
+        text = json.dumps(content, indent=1) + "\n"
+        if not file.exists() or file.read_text() != text:
+            write(file, text)
 
 
 def names(folders: list[Path]) -> dict[Path, str]:
@@ -101,5 +111,5 @@ def names(folders: list[Path]) -> dict[Path, str]:
     return called
 
 
-def _path(config: Any) -> Path:
-    return Path(os.path.realpath(os.path.expanduser(str(config["data"].get("root")))))  # noqa: PTH111
+def _path(root: Any) -> Path:
+    return Path(os.path.realpath(os.path.expanduser(str(root))))  # noqa: PTH111

@@ -158,14 +158,15 @@ class Run:
             )
 
     def check_data(self, cfg: DictConfig, listing: Any) -> None:
-        """Refuse the folder if its run saw other data than these."""
-        differ = dataset.check(self.folder, cfg, listing)
+        """Refuse the folder if its run saw other data than these; write down which these are."""
+        differ = dataset.compare(self.folder, cfg, listing)
         if differ:
             raise RefusedError(
                 f"data.root={cfg.data.get('root')}: not the data of {self.folder} "
                 f"({'; '.join(differ)}); choose another name= or study=, or delete that run with "
                 f"overwrite=true"
             )
+        dataset.keep(self.folder, cfg, listing)
 
     @distributed.shared
     def result(self) -> dict[str, Any] | None:
