@@ -64,7 +64,7 @@ def main(cfg: DictConfig) -> float | None:
     graph.wanted(cfg, where)
     work = compile.multiply_adds(model, shape[1:])
 
-    with Run(cfg, say) as run:
+    with Run(cfg, say, source.listing) as run:
         if over := run.result():
             say(f"{run.folder}: {over['status']} already, skipped")
             return over["top1"]

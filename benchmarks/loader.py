@@ -36,8 +36,11 @@ import numpy as np
 import torch
 
 from benchmarks.inference import environment, publish
-from data.imagenet import ENDINGS, tree
-from data.stream import BLOCK, MEAN, STD, Stream, centre, cut, decode, random_resized, scale
+from data.decoding import decode
+from data.imagenet import tree
+from data.listing import walk
+from data.stream import BLOCK, MEAN, STD, Stream
+from data.transforms import centre, cut, random_resized, scale
 from training.progress import say
 
 SIZE, RESIZE = 224, 256
@@ -47,7 +50,7 @@ OURS = "smallbatch"
 def link(folder: Path, root: Path, least: int = 0) -> list[Path]:
     """A tree of two classes in `root` that shows the photographs in `folder`, so often that there
     are at `least` so many; returns them."""
-    files = sorted(f for f in folder.rglob("*") if f.name.lower().endswith(ENDINGS))
+    files = sorted(folder / os.fsdecode(name) for name in walk(folder))
     if len(files) < 2:
         raise ValueError(f"{folder}: {len(files)} photographs; expected at least 2")
     for i, file in enumerate(files * max(1, -(-least // len(files)))):
@@ -59,7 +62,7 @@ def link(folder: Path, root: Path, least: int = 0) -> list[Path]:
 
 
 def stream(root: Path, batch: int, workers: int) -> Stream:
-    train, val = tree(str(root), SIZE, complete=False).read()
+    train, val = tree(str(root), SIZE, verify_counts=False).read()
     return Stream(train, val, batch, 0, SIZE, RESIZE, workers=workers)
 
 

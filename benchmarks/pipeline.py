@@ -27,7 +27,7 @@ from data.stream import Stream
 
 
 def stream(root: Path, batch: int, size: int, workers: int, where: torch.device) -> Stream:
-    train, val = tree(str(root), size, complete=False).read()
+    train, val = tree(str(root), size, verify_counts=False).read()
     resize = round(size * 8 / 7)
     return Stream(train, val, batch, 0, size, resize, workers=workers, device=where)
 

@@ -7,11 +7,13 @@ import numpy as np
 import torch
 
 from data import imagenet
+from data.listing import describe_ignored
 from data.loader import Loader, check_size
 from data.mixing import Mixed
 from data.sources import Source, cifar, digits, folder, synthetic
-from data.splits import Files, Split, stratified
-from data.stream import CROPS, Stream
+from data.splits import Files, Split, describe_skipped, stratified
+from data.stream import Stream
+from data.transforms import CROPS
 
 __all__ = ["Files", "Loader", "Mixed", "Source", "Split", "Stream", "find", "load", "read"]
 
@@ -30,15 +32,16 @@ def find(config: Any, sgd_batch: int, recipe: Any) -> Source:
         keys = ("size", "classes", "channels", "train_images", "test_images")
         source = synthetic(**{key: config[key] for key in keys})
     elif config.name == "folder":
-        stay = recipe.crop in CROPS
-        if stay and config.resize is not None:
+        on_disk = recipe.crop in CROPS
+        if on_disk and config.resize is not None:
             check_resize(config.resize, config.size)
-        source = folder(config.root, config.size, config.cache, stay=stay)
+        how = dict(on_disk=on_disk, on_error=config.on_error)
+        source = folder(config.root, config.size, config.cache, **how)
     elif config.name == "imagenet":
         check_resize(config.resize, config.size)
-        source = imagenet.tree(config.root, config.size, config.complete)
+        source = imagenet.tree(config.root, config.size, config.verify_counts)
     else:
-        source = cifar(config.name, config.root, config.cache)
+        source = cifar(config.name, config.root, config.cache, config.get("on_error", "raise"))
     if recipe.flip and not source.mirror:
         raise ValueError(
             f"recipe.flip=true: a mirrored image of data={config.name} has another class or none; "
@@ -76,14 +79,14 @@ def check_resize(resize: int, size: int) -> None:
         raise ValueError(f"data.resize={resize}: expected at least data.size={size}")
 
 
-def read(source: Source, config: Any) -> tuple[Any, Any]:
+def read(source: Source, config: Any, say: Callable[[str], None] = print) -> tuple[Any, Any]:
     """Training and test images, after `data.holdout` and `data.train_fraction`: two of `Split`, or
     of `Files` where they stay on disk.
 
     With a holdout, that part of every class of the training images stands in for the test images,
     which are not touched.
     """
-    train, test = source.read()
+    train, test = source.read(say)
     if config.holdout > 0:
         test, train = stratified(train, config.holdout, salt=1)
     if config.train_fraction < 1:
@@ -108,7 +111,13 @@ def load(
     `debug`, a `debug` config group: with `images`, so many training images, which are the test
     images too, and nothing is augmented; with `test_images`, the first test images.
     """
-    train, test = read(source, config)
+    listing = source.listing
+    if listing and listing.ignored:
+        say(f"  data.root={config.root}: {describe_ignored(listing.ignored)}")
+    told: dict[str, None] = {}  # what holds for both parts once
+    train, test = read(source, config, lambda text: told.setdefault(text))
+    for text in told:
+        say(f"  {text}")
     keys = dict(crop=recipe.crop, flip=recipe.flip)
     keys |= {key: recipe[key] for key in ("lighting", "pixels") if key in recipe}
     if debug and "test_images" in debug:
@@ -122,6 +131,9 @@ def load(
     own: dict[str, Any] = dict(device=device, share=share)
     loader: Loader | Stream
     if isinstance(train, Split):
+        for part, split in (("train", train), ("test", test)):
+            if split.unread:
+                say(f"  {describe_skipped(part, split.unread)}")
         loader = Loader(train, test, sgd_batch, seed, keys["crop"], keys["flip"], **own)
     else:
         keys |= {key: config[key] for key in ("size", "workers", "on_error")}

@@ -59,7 +59,9 @@ class Loader:
         check_size(sgd_batch, len(train))
         self.seed, self.sgd_batch, self.crop, self.flip = seed, sgd_batch, crop, flip
         self.share = share
-        self.updates_per_epoch, self.left_out = divmod(len(train), sgd_batch)
+        self.updates_per_epoch, self.dropped = divmod(len(train), sgd_batch)
+        self.unreadable = {"train": len(train.unread), "test": len(test.unread)}
+        train, test = train.replace_unread(), test.drop_unread()
         # Histograms, not sums of floats: the same to the last bit on every device.
         values = np.arange(256) / 255
         stats = []

@@ -6,136 +6,31 @@ travel as bytes. As with data that lives on the device, order and augmentation a
 middle reads nothing of what it skips.
 """
 
-import math
 import multiprocessing
 import os
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from data.decoding import decode
 from data.loader import Share, check_size, portion
-from data.sources import rgb
-from data.splits import Files
+from data.splits import Files, describe_skipped
+from data.transforms import COLOURS, CROPS, centre, cut, scale
 
 BLOCK = 32  # images that a worker delivers at once, however small or large the SGD batch
 TRIES = 100  # images in a row that may be unreadable
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's pixels, from 0 to 1
-# Principal components of ImageNet's colours, columns, times their deviations (AlexNet's; the
-# numbers are those of fb.resnet.torch).
-COLOURS = np.array(
-    [[-0.5675, 0.7192, 0.4009], [-0.5808, -0.0045, -0.8140], [-0.5836, -0.6948, 0.4203]]
-) * (0.2175, 0.0188, 0.0045)
 
-Box = tuple[int, int, int, int]
-"""Left, top, width and height of a window, in pixels."""
 Job = tuple[str, int | None, np.ndarray]
 """Of which split, for which epoch (None: as in evaluation), which images."""
 Block = tuple[Tensor, Tensor, Tensor, list[str]]
 """Pixels (N, 3, H, W) uint8, indices (N,), colour shifts (N, 3), and what could not be read."""
-
-
-# --- one photograph
-
-
-@cache
-def _jpeg_decoder() -> Any:
-    """torchvision's, a third faster than PIL's with the same pixels; None where it has none (it is
-    deprecated there, and called below the function that says so for every image)."""
-    try:
-        import torchvision.io  # noqa: F401  # registers it
-
-        return torch.ops.image.decode_jpeg
-    except (ImportError, AttributeError):
-        return None
-
-
-def decode(file: Path, upright: bool = False) -> Tensor:
-    """(3, H, W) uint8, RGB whatever the file's mode and format, as stored or, if `upright`, as
-    EXIF's orientation shows it. Raises `ValueError` for a file that cannot be read."""
-    from PIL import Image, ImageOps, UnidentifiedImageError
-
-    try:
-        content = np.fromfile(file, np.uint8)
-        if not len(content):
-            raise ValueError("the file is empty")
-        decoder = _jpeg_decoder()
-        if decoder and bytes(content[:2]) == b"\xff\xd8":
-            try:
-                return decoder(torch.from_numpy(content), 3, upright)  # 3: RGB
-            except RuntimeError:
-                pass  # PIL can read it, or says better what is wrong
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of damaged metadata, which nobody looks at
-            with Image.open(file) as image:
-                shown = ImageOps.exif_transpose(image) if upright else image
-                return torch.from_numpy(np.array(rgb(shown))).permute(2, 0, 1)
-    except Exception as error:  # a damaged file can end in about any
-        # Its text: this frame would keep the error, and that in turn all frames and the workers.
-        what = "not an image" if isinstance(error, UnidentifiedImageError) else str(error)
-        raise ValueError(f"data.root: cannot read the image {file} ({what})") from error
-
-
-def random_resized(width: int, height: int, rng: np.random.Generator) -> Box:
-    """GoogLeNet's window: 8 to 100 % of the area, sides from 3:4 to 4:3; after ten that do not fit,
-    the largest such window in the middle."""
-    for _ in range(10):
-        area = width * height * rng.uniform(0.08, 1)
-        ratio = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
-        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
-        if 0 < w <= width and 0 < h <= height:
-            x, y = rng.integers(0, [width - w + 1, height - h + 1]).tolist()
-            return x, y, w, h
-    w, h = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
-    return (width - w) // 2, (height - h) // 2, w, h
-
-
-def random_square(width: int, height: int, rng: np.random.Generator) -> Box:
-    """MABN's window: a square of 8 to 100 % of the area; after ten that do not fit, the last one,
-    which leaves the image."""
-    for _ in range(10):
-        edge = max(1, round(math.sqrt(width * height * rng.uniform(0.08, 1))))
-        spare = np.array([width - edge, height - edge])
-        x, y = rng.integers(np.minimum(spare, 0), np.maximum(spare, 0) + 1).tolist()
-        if spare.min() >= 0:
-            break
-    return x, y, edge, edge
-
-
-CROPS = {"random_resized": random_resized, "random_square": random_square}
-
-
-def cut(image: Tensor, box: Box) -> Tensor:
-    """The window `box` of (3, H, W), black where it leaves the image."""
-    (x, y, w, h), (height, width) = box, image.shape[1:]
-    inside = image[:, max(y, 0) : y + h, max(x, 0) : x + w]
-    if inside.shape[1:] == (h, w):
-        return inside
-    sides = (max(-x, 0), max(x + w - width, 0), max(-y, 0), max(y + h - height, 0))
-    return F.pad(inside, sides)
-
-
-def scale(image: Tensor, height: int, width: int) -> Tensor:
-    """Bilinear, smoothed where it shrinks: (3, H, W) uint8 to (3, height, width)."""
-    pixels = image[None].contiguous(memory_format=torch.channels_last)  # much the fastest
-    return F.interpolate(pixels, (height, width), mode="bilinear", antialias=True)[0]
-
-
-def centre(image: Tensor, size: int, resize: int) -> Tensor:
-    """The short side scaled to `resize`, `size` x `size` pixels cut out of the middle."""
-    height, width = image.shape[1:]
-    short = min(height, width)
-    height, width = int(resize * height / short), int(resize * width / short)
-    y, x = round((height - size) / 2), round((width - size) / 2)
-    return scale(image, height, width)[:, y : y + size, x : x + size]
 
 
 # --- what a worker does
@@ -168,7 +63,7 @@ class Photographs:
             # In training the next image takes an unreadable one's place: SGD batches are full.
             for i in range(first, first + (TRIES if epoch is not None else 1)):
                 try:
-                    image = decode(files.path(i % len(files)), files.upright)
+                    image = decode(files.path(i % len(files)), files.apply_exif)
                 except ValueError as error:
                     unread.append(str(error))
                     if self.skip:
@@ -261,7 +156,8 @@ class Stream:
         check_size(sgd_batch, len(train))
         self.share = share
         self.seed, self.sgd_batch, self.say = seed, sgd_batch, say
-        self.updates_per_epoch, self.left_out = divmod(len(train), sgd_batch)
+        self.updates_per_epoch, self.dropped = divmod(len(train), sgd_batch)
+        self._unreadable: dict[str, set[str]] = {"train": set(), "test": set()}
         self.labels, self.test_labels = train.labels, test.labels
         self.device, self.lighting = torch.device(device), lighting
         self.reversed = pixels == "bgr_255"
@@ -295,6 +191,11 @@ class Stream:
                 generator=torch.Generator(),  # it draws a seed for nothing, but not from the run's
                 persistent_workers=self.workers > 0,
             )
+
+    @property
+    def unreadable(self) -> dict[str, int]:
+        """How many images of each split could not be read so far."""
+        return {split: len(found) for split, found in self._unreadable.items()}
 
     def __len__(self) -> int:
         return self.updates_per_epoch
@@ -344,6 +245,7 @@ class Stream:
                 images, index, colours, failed = block
                 self.check(block, len(wanted[2]) if split == "train" else 0)
                 unread += failed
+                self._unreadable[split].update(failed)
                 on_device = images.to(self.device, non_blocking=True)
                 yield on_device, colours.to(self.device), labels[index].to(self.device)
             if split == "test" and 0 < len(unread) == len(order):
@@ -357,12 +259,7 @@ class Stream:
             ) from error
         finally:  # also where the last update comes before the epoch's end
             if unread:
-                instead = "left out" if split == "test" else "replaced by the next ones"
-                more = f"; and {len(unread) - 3} more" if len(unread) > 3 else ""
-                self.say(
-                    f"  data.on_error=skip: {len(unread)} unreadable {split} images {instead}: "
-                    f"{'; '.join(unread[:3])}{more}"
-                )
+                self.say(f"  {describe_skipped(split, unread)}")
 
     def check(self, block: Block, least: int) -> None:
         """Raise `ValueError` if an image could not be read and none may be skipped, or if fewer

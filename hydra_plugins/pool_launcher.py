@@ -15,11 +15,12 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from training.cli import WORKER, Report
@@ -90,6 +91,8 @@ class PoolLauncher(Launcher):
     def launch(
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
     ) -> Sequence[JobReturn]:
+        self.listings: dict[str, Any] = {}
+        """Of images that finished runs saw, by the keys that name them."""
         todo = list(enumerate(cells([list(overrides) for overrides in job_overrides])))
         returns = {index: done for index, cell in todo if (done := self.skip(cell))}
         todo = [(index, cell) for index, cell in todo if index not in returns]
@@ -143,8 +146,25 @@ class PoolLauncher(Launcher):
         over = now in ("finished", "diverged")
         if not over or cell.cfg.overwrite or differences(cell.folder, cell.cfg):
             return None  # a process will refuse it, or start it again
+        if self.data_differ(cell):
+            return None
         say(f"{cell.folder}: {now} already, skipped")
         return self.completed(cell)
+
+    def data_differ(self, cell: Cell) -> bool:
+        """Whether the images that a run saw are others by now, or cannot be found."""
+        if cell.cfg.data.get("root") is None:
+            return False
+        import data  # with torch, which other studies do without
+        from training import dataset
+
+        key = OmegaConf.to_yaml(cell.cfg.data, resolve=True) + str(cell.cfg.recipe.crop)
+        try:
+            if key not in self.listings:
+                self.listings[key] = data.find(cell.cfg.data, 1, cell.cfg.recipe).listing
+            return bool(dataset.compare(cell.folder, cell.cfg, self.listings[key]))
+        except (ValueError, OSError):
+            return True
 
     def start(self, cell: Cell, index: int, place: str) -> Worker:
         cell.folder.mkdir(parents=True, exist_ok=True)

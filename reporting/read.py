@@ -1,6 +1,7 @@
 """The runs of studies as DataFrames. Reads files, nothing else; a damaged run is a row that says
 so."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import pandas as pd
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from training.config import flatten, identity
+from training.config import flatten, identity, read_config
 from training.files import RESULT, damaged, read, read_metrics, read_result
 
 STATES = ("diverged", "failed", "unfinished", "damaged")
@@ -52,7 +53,25 @@ def load(*studies: str | Path) -> pd.DataFrame:
         if not marked:
             raise ValueError(f"{study}: no runs in it; expected a folder such as runs/quickstart")
         rows += [row_of(folder) for folder in sorted(marked)]
+    name_data(rows)
     return typed(pd.DataFrame(rows, dtype=object))
+
+
+def name_data(rows: list[dict[str, Any]]) -> None:
+    """Call the folders of images that runs were trained on by the ends of their paths: the same
+    files by one name, other files by another."""
+    found: dict[str, str] = {}
+    for row in rows:
+        kept = row.pop("kept")
+        if not kept or "data.root" not in row["identity"]:
+            continue
+        key = json.dumps(kept["files"], sort_keys=True)
+        parts = Path(kept["root"]).parts
+        tails = ["/".join(parts[-n:]) for n in range(1, len(parts) + 1)]
+        tails += [f"{tails[0]} ({len(found) + 1})"]  # the same path, at another time
+        if key not in found:
+            found[key] = next(tail for tail in tails if tail not in found.values())
+        row["identity"]["data.root"] = found[key]
 
 
 def row_of(folder: Path) -> dict[str, Any]:
@@ -61,6 +80,7 @@ def row_of(folder: Path) -> dict[str, Any]:
     row |= {"folder": str(folder), "status": "unfinished", "error": None, "experiment": None}
     row |= dict.fromkeys((*IDENTITY, *(key for key in RESULT if key not in (*row, "versions"))))
     row |= {"batch_independent": None, "config": {}, "identity": {}, "overrides": [], "history": []}
+    row["kept"] = None  # of its data
     failed = folder / "error.txt"
     if failed.exists():
         row |= {"status": "failed", "error": " ".join(failed.read_text(errors="replace").split())}
@@ -70,6 +90,8 @@ def row_of(folder: Path) -> dict[str, Any]:
     try:
         row |= configuration(folder)
         row["history"] = read_metrics(folder)
+        if (folder / "data.json").exists():
+            row["kept"] = read(folder / "data.json", "root", "files")
         if over:
             row |= {"error": None} | flatten(finished(folder, row["history"]))
     except ValueError as error:
@@ -81,7 +103,7 @@ def configuration(folder: Path) -> dict[str, Any]:
     """The keys of .hydra, and those of result.json that follow from them: of a run that is not
     over yet a guess for `sgd_batch_size` on several devices."""
     file, hydra, words = (folder / ".hydra" / f"{x}.yaml" for x in ("config", "hydra", "overrides"))
-    config = OmegaConf.create(read(file, "batch", "seed"))
+    config = OmegaConf.create(read_config(file, "batch", "seed"))
     with damaged(file, (TypeError, ValueError, AttributeError, KeyError)):
         flat, own = resolved(config), identity(config)
         for key in NAMES:

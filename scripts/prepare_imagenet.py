@@ -36,8 +36,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
+from data.decoding import to_rgb
 from data.imagenet import ARCHIVES, CLASSES, VAL, tree
-from data.sources import rgb
+from data.listing import describe_ignored, is_junk
 from training.files import write
 
 LABELS = ("LOC_val_solution.csv", "ILSVRC2012_devkit_t12.tar.gz", "meta.bin")
@@ -93,7 +94,7 @@ def sort(root: Path, labels_file: Path | None) -> int:
     val = root / "val"
     if not val.is_dir():
         raise ValueError(f"{root}: has no folder val/; expected val/ILSVRC2012_val_00000001.JPEG …")
-    images = sorted(p for p in val.iterdir() if p.is_file() and not p.name.startswith("."))
+    images = sorted(p for p in val.iterdir() if p.is_file() and not is_junk(p.name))
     if not images:
         return 0
     candidates = [labels_file] if labels_file else [root / name for name in LABELS]
@@ -171,7 +172,7 @@ def shrink(file: Path, root: Path, to: Path, short: int, quality: int) -> str | 
             image.load()
             if min(image.size) > short:
                 size = [int(short * side / min(image.size)) for side in image.size]
-                smaller = rgb(image).resize((size[0], size[1]), Image.Resampling.BICUBIC)
+                smaller = to_rgb(image).resize((size[0], size[1]), Image.Resampling.BICUBIC)
                 buffer = io.BytesIO()
                 smaller.save(buffer, "JPEG", quality=quality, subsampling=0)
                 content = buffer.getvalue()
@@ -228,9 +229,11 @@ def main() -> None:
             print(f"{args.root}: {unpacked:,} images unpacked")
         print(f"{args.root}: {sort(args.root, args.labels):,} validation images sorted")
         source = tree(str(args.root), 1, not args.part)
+        ignored = describe_ignored(source.listing.ignored) if source.listing else ""
         print(
             f"  {'found' if args.part else 'complete'}: {source.num_classes:,} classes, "
             f"{source.train_images:,} training images, {len(source.read()[1]):,} for validation"
+            f"{'; ' if ignored else ''}{ignored}"
         )
         if args.to:
             keys = (args.to, args.resize, args.quality, args.workers, not args.part)

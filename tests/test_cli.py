@@ -417,7 +417,11 @@ MISTAKES = [
     (["data=imagenet", "data.resize=200"], 1, ["data.resize=200: expected at least data.size=224"]),
     (["data=imagenet", "data.workers=-1"], 1, ["data.workers=-1: expected a whole number from 0"]),
     (["data=imagenet", "data.on_error=stop"], 1, ["data.on_error=stop: expected raise, skip"]),
-    (["data=imagenet", "data.complete=no"], 1, ["data.complete=no: expected true or false"]),
+    (
+        ["data=imagenet", "data.verify_counts=no"],
+        1,
+        ["data.verify_counts=no: expected true or false"],
+    ),
     (["recipe.milestones=[30,60]"], 1, ["recipe.milestones=[30, 60]: expected parts from 0 to 1"]),
     (["recipe.epochs=null"], 1, ["recipe.epochs=null: expected a number"]),
     (["recipe.flip=true"], 1, ["recipe.flip=true: a mirrored image of data=digits"]),

@@ -12,6 +12,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from training import distributed
+from training.files import read
 
 # Where a run comes from and how it is carried out, but not what comes out of it.
 OUTSIDE = (
@@ -113,6 +114,22 @@ OmegaConf.register_new_resolver("times", times, replace=True)
 OmegaConf.register_new_resolver("processes", distributed.size, replace=True)
 
 
+MOVED = "moved_to"  # in a folder without a run: the name of the run of this configuration
+RENAMED = {"data.complete": "data.verify_counts"}  # keys of stored runs that have another name now
+
+
+def read_config(file: Path, *keys: str) -> dict[str, Any]:
+    """The configuration of a stored run, its keys as they are called now. Raises `ValueError` if it
+    is damaged or lacks one of `keys`."""
+    config = read(file, *keys)
+    for old, new in RENAMED.items():
+        group, key = old.split(".")
+        own = config.get(group)
+        if isinstance(own, dict) and key in own:
+            own[new.split(".")[1]] = own.pop(key)
+    return config
+
+
 def flatten(config: Any, resolve: bool = False) -> dict[str, Any]:
     """{"recipe.lr": 0.1, …}, interpolations as written unless `resolve`."""
     if isinstance(config, DictConfig):
@@ -127,8 +144,8 @@ def flatten(config: Any, resolve: bool = False) -> dict[str, Any]:
 
 
 def identity(config: Any) -> dict[str, Any]:
-    """The keys that can change a result. Paths do not, but the name of a folder of images is the
-    name of the data set."""
+    """The keys that can change a result. Paths do not, but the name of a folder of images stands
+    for the data set, whose files `training/dataset.py` compares."""
     flat = LATER | flatten(config)
     keys = {k: v for k, v in flat.items() if k not in OUTSIDE and not k.startswith(OUTSIDE_GROUPS)}
     devices = keys.pop("devices", 1)
@@ -136,7 +153,7 @@ def identity(config: Any) -> dict[str, Any]:
     if keys["devices"] == 1:  # as before there was such a key
         del keys["devices"]
         keys.pop("protocol.running_statistics", None)
-    if flat.get("data.name") == "folder" or flat.get("data.complete") is False:
+    if flat.get("data.name") == "folder" or flat.get("data.verify_counts") is False:
         keys["data.root"] = os.path.basename(os.path.normpath(str(flat["data.root"])))
     return keys
 
@@ -172,6 +189,8 @@ def run_name(cfg: DictConfig) -> str:
         return str(cfg.name)
     base, own = identity(defaults(cfg)), identity(cfg)
     own = {k: v for k, v in own.items() if k not in ("batch", "seed")}
+    if "data.root" in own:  # data sets in folders of the same name are not the same
+        own["data.root"] = os.path.realpath(os.path.expanduser(str(cfg.data.root)))  # noqa: PTH111
     base.pop("devices", None)
     other = {k: v for k, v in own.items() if k not in base or base[k] != v}
     name = f"{choices()['norm']}-b{cfg.batch}-s{cfg.seed}"
@@ -189,7 +208,10 @@ def folder(cfg: DictConfig) -> Path:
         name = str(cfg[key]).strip(". ")
         if cfg[key] is not None and (not name or os.path.basename(name) != str(cfg[key])):
             raise ValueError(f"{key}={cfg[key]}: expected the name of a folder, without slashes")
-    return Path(str(cfg.runtime.runs)) / str(cfg.study) / run_name(cfg)
+    path = Path(str(cfg.runtime.runs)) / str(cfg.study) / run_name(cfg)
+    if (path / MOVED).exists():  # its data had another path when it began
+        path = path.with_name((path / MOVED).read_text())
+    return path
 
 
 def check_precision(cfg: DictConfig, loss_scaling: bool) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import data
 import norms
-from data.stream import CROPS
+from data.transforms import CROPS
 from training import device as devices
 from training.cli import MISTAKES
 from training.config import check

@@ -56,7 +56,7 @@ def describe(
         length = f"{some(recipe.updates, 'update')}, an epoch has {per_epoch}"
     else:
         length = f"{some(recipe.epochs, 'epoch')} of {some(per_epoch, 'update')}"
-    left = f", leaving out {some(loader.left_out, 'image')}" if loader.left_out else ""
+    left = f", leaving out {some(loader.dropped, 'image')}" if loader.dropped else ""
     why = graph.obstacle(cfg, device)
     extras = {f"{key} {recipe[key]:g}": recipe[key] for key in ("clip", "mixup", "cutmix")} | {
         "adamw": recipe.optimizer == "adamw",
@@ -154,6 +154,10 @@ def result(
         "batch_independent": batch_independent,
         "train_images": len(loader.labels),
         "test_images": len(loader.test_labels),
+        "ignored_files": sum(n for n, _ in source.listing.ignored.values())
+        if source.listing
+        else 0,
+        "unreadable_images": sum(loader.unreadable.values()),
         "image_shape": [source.channels, source.size, source.size],
         "classes": source.num_classes,
         "pixels": {"mean": loader.mean, "std": loader.std, "reversed": loader.reversed},

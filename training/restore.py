@@ -11,7 +11,8 @@ import models
 import norms
 from models.weights import of_checkpoint
 from training import protocol
-from training.files import read, read_result
+from training.config import read_config
+from training.files import read_result
 
 
 def network(cfg: DictConfig, plan: protocol.Plan, classes: int, channels: int) -> Any:
@@ -28,7 +29,7 @@ def configuration(run: Path) -> Any:
     file = run / ".hydra" / "config.yaml"
     if not file.exists():
         raise ValueError(f"{run}: not a run; expected a folder such as runs/quickstart/bn-b2-s0")
-    return OmegaConf.create(read(file, "batch", "norm", "model", "protocol", "recipe"))
+    return OmegaConf.create(read_config(file, "batch", "norm", "model", "protocol", "recipe"))
 
 
 def outcome(run: Path) -> dict[str, Any]:

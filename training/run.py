@@ -1,6 +1,7 @@
 """A run's folder: one training, from its lock to its result. Every file is written atomically.
 
 .hydra/                  the configuration, as Hydra keeps it
+data.json                a fingerprint of the data, where they are a folder of images
 last.pt, previous.pt     the last two checkpoints
 metrics.csv              a row per epoch
 events.out.tfevents.*    for TensorBoard
@@ -28,9 +29,9 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from training import distributed
-from training.config import folder, identity
-from training.files import read, read_result, write
+from training import dataset, distributed
+from training.config import folder, identity, read_config
+from training.files import read_result, write
 
 Say = Callable[[str], None]
 COLUMNS = (  # of metrics.csv; accuracies in %
@@ -59,7 +60,9 @@ def differences(folder: Path, cfg: DictConfig) -> list[str]:
     file = folder / ".hydra" / "config.yaml"
     if not file.exists():
         return []
-    there, ours = identity(read(file, "batch", "seed")), identity(cfg)
+    there, ours = identity(read_config(file, "batch", "seed")), identity(cfg)
+    if (folder / dataset.FILE).exists():  # tells better than a path whether the data are the same
+        there["data.root"] = ours["data.root"] = None
     absent = object()
     return [
         f"{key} is {there.get(key, 'absent')} there and {ours.get(key, 'absent')} here"
@@ -72,16 +75,18 @@ class Run:
     """The folder of one training, locked for this process while the `with` lasts. The lock is the
     kernel's: it ends with the process, however that ends."""
 
-    def __init__(self, cfg: DictConfig, say: Say):
-        """Raises `BusyError` if another process trains it, `RefusedError` if it holds another
-        configuration, and `OSError` if it cannot be written."""
-        self.folder = folder(cfg)
+    def __init__(self, cfg: DictConfig, say: Say, listing: Any = None):
+        """`listing`: the files of the data set, if it is a folder of the user's.
+
+        Raises `BusyError` if another process trains it, `RefusedError` if it holds another
+        configuration or other data, and `OSError` if it cannot be written."""
+        self.folder = distributed.shared(dataset.locate)(folder(cfg), cfg, listing)
         self.say = say
         self._told = 0.0
-        self.open(cfg)
+        self.open(cfg, listing)
 
     @distributed.shared
-    def open(self, cfg: DictConfig) -> None:
+    def open(self, cfg: DictConfig, listing: Any) -> None:
         """Lock the folder and see that it is ours."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -96,6 +101,7 @@ class Run:
             if cfg.overwrite:
                 self.clear()
             self.check_config(cfg)
+            self.check_data(cfg, listing)
             for name in ("error.txt", "progress.json", "*.tmp"):  # of an earlier attempt
                 for file in self.folder.glob(name):
                     file.unlink(missing_ok=True)
@@ -122,7 +128,14 @@ class Run:
 
     def clear(self) -> None:
         """Delete what a run writes, and nothing else."""
-        for pattern in ("result.json", "metrics.csv", "*.pt", "events.out.tfevents.*", "*.tmp"):
+        for pattern in (
+            "result.json",
+            "metrics.csv",
+            "*.pt",
+            "events.out.tfevents.*",
+            "*.tmp",
+            dataset.FILE,
+        ):
             for file in self.folder.glob(pattern):
                 file.unlink()
         shutil.rmtree(self.folder / ".hydra", ignore_errors=True)
@@ -144,6 +157,17 @@ class Run:
                 f"{self.folder}: holds a run of another configuration ({'; '.join(differ)}); "
                 f"choose another name= or study=, or delete it with overwrite=true"
             )
+
+    def check_data(self, cfg: DictConfig, listing: Any) -> None:
+        """Refuse the folder if its run saw other data than these; write down which these are."""
+        differ = dataset.compare(self.folder, cfg, listing)
+        if differ:
+            raise RefusedError(
+                f"data.root={cfg.data.get('root')}: not the data of {self.folder} "
+                f"({'; '.join(differ)}); choose another name= or study=, or delete that run with "
+                f"overwrite=true"
+            )
+        dataset.keep(self.folder, cfg, listing)
 
     @distributed.shared
     def result(self) -> dict[str, Any] | None:

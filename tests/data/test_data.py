@@ -35,7 +35,7 @@ def test_an_epoch_has_every_image_once():
     assert len(batches) == 6
     seen = torch.cat([x for x, _ in batches]).flatten(1)
     assert len(seen.unique(dim=0)) == 30
-    assert loader(4).left_out == 2
+    assert loader(4).dropped == 2
     assert len(list(loader(4).train(0))) == len(loader(4)) == 7
 
 
@@ -193,10 +193,8 @@ def test_folder(tree, tmp_path):
 def test_folder_is_cached_and_the_cache_notices_changes(tree, tmp_path, monkeypatch):
     source = folder(str(tree), 8, str(tmp_path / "cache"))
     before = source.read()[0]
-    import data.sources
-
     with monkeypatch.context() as patch:
-        patch.setattr(data.sources, "_read_image", None)
+        patch.setattr(data.memory, "decode", None)
         assert torch.equal(source.read()[0].images, before.images)
     for file in (tmp_path / "cache").iterdir():
         file.write_bytes(b"damaged")
@@ -229,7 +227,7 @@ def test_images_held_in_memory_stand_upright(tree, tmp_path):
 def test_too_many_images_for_memory(tree, tmp_path):
     with pytest.raises(ValueError, match=r"GiB of memory at data.size=900000, this .*; recipe=ima"):
         folder(str(tree), 900_000, str(tmp_path))
-    assert folder(str(tree), 900_000, str(tmp_path), stay=True).train_images == 8
+    assert folder(str(tree), 900_000, str(tmp_path), on_disk=True).train_images == 8
 
 
 def test_val_instead_of_test(tree, tmp_path):

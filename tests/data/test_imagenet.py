@@ -17,9 +17,10 @@ from omegaconf import OmegaConf
 from PIL import Image, ImageOps
 
 import data
-from data import imagenet, stream
+from data import decoding, imagenet, stream, transforms
+from data.decoding import decode
 from data.splits import Files
-from data.stream import Photographs, Stream, decode
+from data.stream import Photographs, Stream
 
 ROOT = Path(__file__).parent.parent.parent
 CLASSES = ["n01440764", "n01443537", "n02099601"]
@@ -46,7 +47,7 @@ def tree(tmp_path):
 
 
 def opened(tree, sgd_batch=4, seed=0, workers=0, **keys):
-    train, test = imagenet.tree(str(tree), 32, complete=False).read()
+    train, test = imagenet.tree(str(tree), 32, verify_counts=False).read()
     return Stream(train, test, sgd_batch, seed, 32, 36, workers=workers, **keys)
 
 
@@ -61,7 +62,7 @@ def everything(batches):
 def test_a_tree_is_found_and_numbered_by_class(tree):
     (tree / "train" / CLASSES[0] / "._hidden.JPEG").write_bytes(b"")
     (tree / "train" / CLASSES[0] / "notes.txt").write_text("")
-    source = imagenet.tree(str(tree), 32, complete=False)
+    source = imagenet.tree(str(tree), 32, verify_counts=False)
     assert (source.num_classes, source.channels, source.size) == (3, 3, 32)
     train, test = source.read()
     assert (len(train), len(test)) == (45, 18) == (source.train_images, 18)
@@ -102,14 +103,14 @@ TREES = [
 def test_what_is_wrong_with_a_tree_is_said_in_one_line(tree, spoil, message):
     spoil(tree)
     with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
-        imagenet.tree(str(tree), 32, complete=False)
+        imagenet.tree(str(tree), 32, verify_counts=False)
     assert "data.root" in str(error.value)
     assert "\n" not in str(error.value)
 
 
 def test_other_numbers_than_imagenets_must_be_said(tree, monkeypatch):
     with pytest.raises(ValueError, match=r"3 classes, 45 training and 18 validation .*1,281,167 and"
-                                         r" 50,000; data.complete=false takes"):  # fmt: skip
+                                         r" 50,000; data.verify_counts=false takes"):  # fmt: skip
         imagenet.tree(str(tree), 32)
     for name, number in (("CLASSES", 3), ("TRAIN", 45), ("VAL", 18)):
         monkeypatch.setattr(imagenet, name, number)
@@ -172,7 +173,7 @@ def test_nothing_of_what_is_skipped_is_read(tree, monkeypatch):
 
 
 def test_an_epoch_mirrors_half_and_cuts_all_kinds_of_windows(tree):
-    files = imagenet.tree(str(tree), 32, complete=False).read()[0]
+    files = imagenet.tree(str(tree), 32, verify_counts=False).read()[0]
     keys = dict(size=24, resize=24, crop="random_resized", lighting=0.0, skip=False)
     plain = Photographs({"train": files}, 0, flip=False, **keys)
     mirrored = Photographs({"train": files}, 0, flip=True, **keys)
@@ -187,7 +188,7 @@ def test_an_epoch_mirrors_half_and_cuts_all_kinds_of_windows(tree):
 
 @pytest.mark.parametrize(("width", "height"), [(500, 375), (90, 400), (400, 90), (1, 1), (2, 900)])
 def test_random_resized_windows(width, height):
-    boxes = [stream.random_resized(width, height, np.random.default_rng(i)) for i in range(300)]
+    boxes = [transforms.random_resized(width, height, np.random.default_rng(i)) for i in range(300)]
     for x, y, w, h in boxes:
         assert 0 <= x <= x + w <= width
         assert 0 <= y <= y + h <= height
@@ -209,8 +210,8 @@ def test_the_middle_where_no_window_fits():
             return high
 
     rng = Never(np.random.PCG64(0))
-    assert stream.random_resized(300, 100, rng) == (83, 0, 133, 100)
-    assert stream.random_resized(100, 300, rng) == (0, 83, 100, 133)
+    assert transforms.random_resized(300, 100, rng) == (83, 0, 133, 100)
+    assert transforms.random_resized(100, 300, rng) == (0, 83, 100, 133)
 
 
 def test_random_squares_may_leave_the_image():
@@ -218,15 +219,15 @@ def test_random_squares_may_leave_the_image():
     assert all(
         w == h and 0 <= x <= 500 - w and 0 <= y <= 375 - h
         for x, y, w, h in (
-            stream.random_square(500, 375, np.random.default_rng(i)) for i in range(200)
+            transforms.random_square(500, 375, np.random.default_rng(i)) for i in range(200)
         )
     )
-    boxes = [stream.random_square(20, 400, np.random.default_rng(i)) for i in range(200)]
+    boxes = [transforms.random_square(20, 400, np.random.default_rng(i)) for i in range(200)]
     x, y, edge, _ = next(b for b in boxes if b[2] > 20)
     assert 20 - edge <= x <= 0
     assert 0 <= y <= 400 - edge
     image = torch.full((3, 400, 20), 9, dtype=torch.uint8)
-    window = stream.cut(image, (x, y, edge, edge))
+    window = transforms.cut(image, (x, y, edge, edge))
     assert window.shape == (3, edge, edge)
     assert (window == 9).sum() == 3 * 20 * edge
     assert (window[:, :, -x : 20 - x] == 9).all()
@@ -309,7 +310,7 @@ def test_lighting_is_alexnets(tree):
         ]
     )
     assert len(shifts) > 30
-    vectors = torch.tensor(stream.COLOURS / np.linalg.norm(stream.COLOURS, axis=0)).float()
+    vectors = torch.tensor(transforms.COLOURS / np.linalg.norm(transforms.COLOURS, axis=0)).float()
     along = (shifts.flip(1) + 0.5) @ vectors  # RGB again; half a grey level was cut off
     assert along.std(0).tolist() == pytest.approx([0.1 * 255 * x for x in (0.2175, 0.0188, 0.0045)],
                                                   rel=0.4, abs=0.3)  # fmt: skip
@@ -358,7 +359,7 @@ def test_other_modes_and_formats_become_rgb_as_stored(tmp_path):
 @pytest.mark.parametrize("decoder", [True, False])
 def test_upright_is_as_exif_says(tmp_path, monkeypatch, decoder):
     if not decoder:
-        monkeypatch.setattr(stream, "_jpeg_decoder", lambda: None)
+        monkeypatch.setattr(decoding, "_jpeg_decoder", lambda: None)
     image = photograph(np.random.default_rng(2), 60, 40)
     for orientation in range(1, 9):
         turned = Image.Exif()
@@ -368,14 +369,14 @@ def test_upright_is_as_exif_says(tmp_path, monkeypatch, decoder):
             image.save(file, kind, exif=turned)
             with Image.open(file) as opened:
                 expected = np.array(ImageOps.exif_transpose(opened))
-            found = decode(file, upright=True).permute(1, 2, 0).numpy()
+            found = decode(file, apply_exif=True).permute(1, 2, 0).numpy()
             assert np.array_equal(found, expected), (orientation, kind)
             assert decode(file).shape == (3, 40, 60)
 
 
 def test_without_torchvisions_decoder_the_pixels_are_the_same(tree, monkeypatch):
     images, _ = everything(opened(tree).train(0))
-    monkeypatch.setattr(stream, "_jpeg_decoder", lambda: None)
+    monkeypatch.setattr(decoding, "_jpeg_decoder", lambda: None)
     assert torch.equal(everything(opened(tree).train(0))[0], images)
 
 
@@ -450,7 +451,7 @@ def test_a_killed_worker_is_told_in_one_line(tree):
 
 
 def config(tree, **keys):
-    own = dict(name="imagenet", root=str(tree), complete=False, size=32, resize=36, workers=0)
+    own = dict(name="imagenet", root=str(tree), verify_counts=False, size=32, resize=36, workers=0)
     own |= dict(on_error="raise", train_fraction=1.0, holdout=0.0)
     return OmegaConf.create(own | keys)
 
@@ -470,7 +471,7 @@ def test_fraction_and_holdout_are_stratified_and_disjoint(tree):
         for i, label in enumerate(files.labels.tolist()):
             assert files.path(i).parent == tree / "train" / CLASSES[label]
     one = data.load(source, cfg, RECIPE, 4, 0)
-    assert (len(one), one.left_out, len(one.labels), len(one.test_labels)) == (4, 2, 18, 9)
+    assert (len(one), one.dropped, len(one.labels), len(one.test_labels)) == (4, 2, 18, 9)
     assert everything(one.test(4))[1].tolist() == held.labels.tolist()
 
 
@@ -493,10 +494,10 @@ def test_a_folder_of_photographs_stays_on_disk(tree):
     assert everything(one.train(0))[0].shape == (44, 3, 32, 32)
     files = one.photographs.splits["train"]
     index = [files.path(i) for i in range(46)].index(inner / "1.jpg")
-    assert files.upright
+    assert files.apply_exif
     assert files.labels[index] == 0
     taken = files.take(torch.tensor([index]))
-    assert decode(taken.path(0), taken.upright).shape == (3, 80, 40)
+    assert decode(taken.path(0), taken.apply_exif).shape == (3, 80, 40)
     assert not (tree / "cache").exists()
     with pytest.raises(ValueError, match=r"data.resize=30: expected at least data.size=32"):
         data.find(OmegaConf.create(own | {"resize": 30}), 4, RECIPE)
@@ -514,7 +515,7 @@ def test_more_images_in_a_batch_than_there_are(tree):
 
 # --- the whole program
 
-SMALL = ["data=imagenet", "data.complete=false", "data.size=32", "data.resize=36"]
+SMALL = ["data=imagenet", "data.verify_counts=false", "data.size=32", "data.resize=36"]
 KEYS = [*SMALL, "model=resnet8", "norm=gn", "batch=2", "recipe.epochs=1", "runtime.threads=1"]
 
 
@@ -541,7 +542,7 @@ def test_an_unreadable_image_ends_a_run_in_one_line_and_it_goes_on_without(train
 
 
 def test_a_run_on_a_folder_of_photographs(train, tree):
-    keys = [k.replace("data=imagenet", "data=folder") for k in KEYS if "complete" not in k]
+    keys = [k.replace("data=imagenet", "data=folder") for k in KEYS if "verify_counts" not in k]
     made = train(*keys, "recipe=imagenet", f"data.root={tree}", "data.workers=0", quick=False)
     assert made.status == 0, made.err
     assert made.run()

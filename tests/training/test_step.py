@@ -163,7 +163,7 @@ def test_the_memory_format_is_the_schemes(wish, gains, last):
 class Plain:
     """A loader of two SGD batches."""
 
-    left_out = 5
+    dropped = 5
 
     def __len__(self):
         return 2
@@ -204,7 +204,7 @@ def test_what_is_mixed_is_a_function_of_seed_epoch_number_and_rank():
     def mixed(epoch=0, start=0, **numbers):
         loader = Mixed(Plain(), 9.0, 0.0, 3, **{"seed": 5, **numbers})
         assert len(loader) == 2
-        assert loader.left_out == 5
+        assert loader.dropped == 5
         return [images for images, _ in loader.train(epoch, start)]
 
     np.random.seed(3)  # noqa: NPY002
