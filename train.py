@@ -6,10 +6,14 @@
 `--help` lists all choices and keys; a run's folder follows from them.
 """
 
+import sys
 from contextlib import closing
+from pathlib import Path
 
 import hydra
 from omegaconf import DictConfig
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # which `python -P` leaves out
 
 from training import cli
 

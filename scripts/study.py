@@ -10,7 +10,6 @@ do. Reads files and looks at locks only, so it never disturbs a study.
 
 import argparse
 import re
-import shlex
 import sys
 import time
 from collections import Counter
@@ -23,8 +22,8 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from training.cli import MISTAKES, explain
-from training.study import COMMANDS, State, cells, jobs, state
+from training.study import COMMANDS, State, state
+from training.study import asked as study_of
 
 COLOURS = {
     "failed": "red",
@@ -41,20 +40,18 @@ def asked(study: Path) -> dict[Path, str]:
     """The folders of the runs, in the order of the commands, with what tells them apart beside
     scheme, batch size and seed; then others that lie there.
 
-    Raises `ValueError` for a folder that is no study and for a command that cannot be composed.
+    Raises `ValueError` for a folder that is no study, or of which no command can be composed; of
+    several it says which.
     """
-    file = study / COMMANDS
     there = sorted(lock.parent for lock in study.glob("*/.lock"))
-    if not file.exists() and not there:
+    if not (study / COMMANDS).exists() and not there:
         raise ValueError(f"{study}: no study; expected a folder such as runs/quickstart")
-    found: dict[str, list[str]] = {}
-    for line in file.read_text().splitlines() if file.exists() else ():
-        try:
-            for cell in cells(jobs(shlex.split(line))):
-                if cell.folder.parent.name == study.name:  # wherever it has been moved to
-                    found.setdefault(cell.folder.name, cell.overrides)
-        except MISTAKES as error:
-            raise ValueError(f"{file}: {line}: {explain(error)}") from error
+    runs, problems = study_of(study)
+    if problems and not runs and not there:
+        raise ValueError(problems[0])
+    for problem in problems:
+        print(f"error: {problem}", file=sys.stderr)
+    found = {cell.folder.name: cell.overrides for cell in runs}
     common = set.intersection(*(set(overrides) for overrides in found.values())) if found else set()
     known = re.compile("(norm|batch|seed)=")
     shown = {

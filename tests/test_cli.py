@@ -198,7 +198,7 @@ def test_help_is_a_page(train):
 
 
 def test_durations_in_updates_and_rare_evaluations(train):
-    done = train("recipe.updates=10", "recipe.epochs=5", "recipe.eval_every=2", "batch=32")
+    done = train("recipe.updates=10", "recipe.eval_every=2", "batch=32")
     assert done.status == 0, done.err
     with open(done.run() / "metrics.csv") as file:
         rows = list(csv.DictReader(file))
@@ -323,11 +323,21 @@ def test_runs_of_a_sweep_do_not_touch_each_other(train, tmp_path):
     assert_same_weights(swept, alone.run())
 
 
-@pytest.mark.parametrize("study", ["", "..", "../beside", "a/b"])
-def test_a_refused_study_leaves_nothing_anywhere(train, tmp_path, study):
+@pytest.mark.parametrize(
+    ("study", "rule"),
+    [
+        ("", "not empty"),
+        ("..", "without a dot or space at either end"),
+        ("../beside", "without slashes"),
+        ("a/b", "without slashes"),
+        (".try", "without a dot or space at either end"),
+        ("n" * 201, "of at most 200 bytes"),
+    ],
+)
+def test_a_refused_study_leaves_nothing_anywhere(train, tmp_path, study, rule):
     swept = train("-m", "seed=0,1", f"study={study}")
     assert swept.status == 1
-    assert f"study={study}: expected the name of a folder, without slashes" in swept.err
+    assert f"study={study}: expected the name of a folder, {rule}" in swept.err
     left = [file for file in tmp_path.rglob("*") if file.is_file()]
     assert left == [swept.runs / "multirun.yaml"]  # Hydra's own
 
@@ -578,8 +588,8 @@ def test_killed_and_restarted_equals_uninterrupted(train, tmp_path, norm):
         assert results[0][key] == results[1][key], key
 
 
-def test_a_scheduler_s_signal_writes_a_checkpoint_first(train, tmp_path):
-    """In the middle of an epoch, and far from any other checkpoint."""
+def test_a_signal_writes_a_checkpoint_first(train, tmp_path):
+    """In the middle of an epoch, and far from any other checkpoint; all end as the undisturbed."""
     keys = ["batch=4", "recipe.epochs=1", "checkpoint.every_minutes=0", "runtime.log_every=5"]
 
     def start(runs):
@@ -593,7 +603,7 @@ def test_a_scheduler_s_signal_writes_a_checkpoint_first(train, tmp_path):
 
     assert train(*keys, quick=False, runs=tmp_path / "whole").status == 0
     before = 0
-    for number in (signal.SIGTERM, signal.SIGUSR1):
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1):
         stopped = start(tmp_path / "stopped")
         while not list(tmp_path.glob("stopped/*/*/progress.json")):
             assert stopped.poll() is None, stopped.communicate()
@@ -601,15 +611,19 @@ def test_a_scheduler_s_signal_writes_a_checkpoint_first(train, tmp_path):
         stopped.send_signal(number)
         _, err = stopped.communicate()
         assert stopped.returncode == 128 + number, err
-        assert err == "interrupted; the same command goes on from here\n"
         [file] = tmp_path.glob("stopped/*/*/last.pt")
         done = torch.load(file, weights_only=True)["progress"]["update"]
+        assert err == f"interrupted; the same command goes on from here, after update {done}\n"
         assert before < done < 359
         before = done
         file.with_name("progress.json").unlink()
     last = start(tmp_path / "stopped")
     assert f"goes on after update {done}" in last.communicate()[0]
-    assert_same_weights(*(next(tmp_path.glob(f"{x}/*/*")) for x in ("whole", "stopped")))
+    both = [next(tmp_path.glob(f"{x}/*/*")) for x in ("whole", "stopped")]
+    assert_same_weights(*both)
+    assert metrics(both[0]) == metrics(both[1])
+    assert points(both[0]) == points(both[1])
+    assert not list(both[1].glob("*.tmp"))
 
 
 def test_checkpoints_by_time(train, monkeypatch):

@@ -1,20 +1,39 @@
 """Files that are whole or not there."""
 
+import fcntl
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 
-def write(path: Path, content: str | bytes) -> None:
-    """All of the content or the file as it was, whenever the machine stops."""
+def write(path: Path, content: str | bytes, durable: bool = True) -> None:
+    """All of the content or the file as it was, whenever the machine stops; not `durable`: whenever
+    the process does. Raises `OSError` with the file's name."""
     data = content.encode() if isinstance(content, str) else content
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    temporary = path.with_name(f"{path.name}.{uuid4().hex[:8]}.tmp")
+    try:
+        with open(temporary, "xb") as file:
+            file.write(data)
+            file.flush()
+            if durable:
+                os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:  # of a full disk has no name
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """Wait until no other process is in here with the same file, which stays."""
+    with open(path, "a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def read(path: Path, *keys: str) -> dict[str, Any]:

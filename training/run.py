@@ -21,6 +21,7 @@ import shutil
 import time
 import zipfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from training import distributed
-from training.config import folder, identity
+from training.config import cannot_write, folder, identity
 from training.files import read, write
 
 Say = Callable[[str], None]
@@ -77,6 +78,9 @@ class Run:
         configuration, and `OSError` if it cannot be written."""
         self.folder = folder(cfg)
         self.say = say
+        self.overwrite = cfg.overwrite
+        self.saved: int | None = None
+        """The update of the last checkpoint."""
         self._told = 0.0
         self.open(cfg)
 
@@ -87,17 +91,16 @@ class Run:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock = open(self.folder / ".lock", "a+")  # noqa: SIM115
         except OSError as error:
-            raise OSError(
-                f"runtime.runs={cfg.runtime.runs}: cannot write {self.folder} "
-                f"({error.strerror}); expected a folder that can be written"
-            ) from error
+            raise cannot_write(cfg, error) from error
         try:
             self.lock()
             if cfg.overwrite:
                 self.clear()
             self.check_config(cfg)
-            for name in ("error.txt", "progress.json"):  # of an earlier attempt
-                (self.folder / name).unlink(missing_ok=True)
+            # Of an earlier attempt, and what it was writing when it was killed.
+            for pattern in ("error.txt", "progress.json", "*.tmp", ".hydra/*.tmp"):
+                for file in self.folder.glob(pattern):
+                    file.unlink(missing_ok=True)
         except BaseException:
             self._lock.close()
             raise
@@ -106,8 +109,17 @@ class Run:
         return self
 
     @distributed.on_first
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self._lock.close()
+        if isinstance(error, KeyboardInterrupt):
+            error.add_note(
+                "nothing is trained yet; the same command starts again"
+                if self.saved is None
+                else f"the same command goes on from here, after update {self.saved}"
+                if not self.overwrite
+                else f"the same command starts again, without overwrite=true after {self.saved} "
+                "updates"
+            )
 
     def lock(self) -> None:
         """Tries for two seconds: a process that was just killed may be about to let go, and one
@@ -121,7 +133,7 @@ class Run:
 
     def clear(self) -> None:
         """Delete what a run writes, and nothing else."""
-        for pattern in ("result.json", "metrics.csv", "*.pt", "events.out.tfevents.*", "*.tmp"):
+        for pattern in ("result.json", "metrics.csv", "*.pt", "events.out.tfevents.*"):
             for file in self.folder.glob(pattern):
                 file.unlink()
         shutil.rmtree(self.folder / ".hydra", ignore_errors=True)
@@ -156,14 +168,13 @@ class Run:
 
     @distributed.on_first
     def tell(self, update: int, updates: int, seconds: float) -> None:
-        """How far the run is, for whoever watches: once a second at most, and not waiting for the
-        disk."""
+        """How far the run is, for whoever watches: once a second at most, not waiting for the disk,
+        and not worth a run if that is full."""
         if time.monotonic() - self._told > 1:
             self._told = time.monotonic()
             told = {"update": update, "updates": updates, "seconds": seconds, "pid": os.getpid()}
-            temporary = self.folder / "progress.json.tmp"
-            temporary.write_text(json.dumps(told))
-            temporary.replace(self.folder / "progress.json")
+            with suppress(OSError):
+                write(self.folder / "progress.json", json.dumps(told), durable=False)
 
     @distributed.on_first
     def write_metrics(self, rows: list[dict[str, Any]]) -> None:
@@ -184,6 +195,7 @@ class Run:
         if last.exists():
             os.replace(last, self.folder / "previous.pt")
         write(last, buffer.getvalue())
+        self.saved = state["progress"]["update"]
 
     @distributed.shared
     def load(self) -> dict[str, Any] | None:
@@ -194,6 +206,7 @@ class Run:
             try:
                 state = torch.load(file, map_location="cpu", weights_only=True)
                 if set(state) >= {"model", "optimizer", "scaler", "progress", "rng", "threads"}:
+                    self.saved = state["progress"]["update"]
                     return state
                 raise EOFError
             except (

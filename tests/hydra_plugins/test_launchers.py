@@ -140,7 +140,8 @@ def test_pool_survives_the_death_of_its_launcher_and_of_a_worker(basic, tmp_path
     assert len((tmp_path / "s" / "commands.txt").read_text().splitlines()) == 1
 
 
-def test_pool_keeps_failures_apart_and_stops_at_control_c(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP, signal.SIGTERM])
+def test_pool_keeps_failures_apart_and_stops_at_a_signal(tmp_path, number):
     command = [*POOL, "norm=gn", "batch=999999,4", "recipe.epochs=2000"]
     launcher = start(tmp_path, *command)
     folders = [cell.folder.name for cell in cells(jobs([*SMALL, *command]))]
@@ -148,15 +149,19 @@ def test_pool_keeps_failures_apart_and_stops_at_control_c(tmp_path):
     until(lambda: (going / "progress.json").exists(), launcher)
     until(lambda: state(tmp_path / "s" / folders[0]).name == "failed", launcher)
     pid = json.loads((going / "progress.json").read_text())["pid"]
-    launcher.send_signal(signal.SIGINT)
-    status, _, err = finish(launcher)
-    assert status == 130
+    launcher.send_signal(number)
+    status, out, err = finish(launcher)
+    assert status == 128 + number
     assert "larger than the data set" in err
-    assert err.strip().splitlines()[-1] == "interrupted; the same command goes on from here"
+    last = "interrupted; the same command goes on with these runs, as said of each"
+    assert err.strip().splitlines()[-1] == last
     assert "Traceback" not in err
     assert not Path(f"/proc/{pid}").exists()
     assert state(going).name == "interrupted"
-    assert "interrupted; the same command goes on" in (going / "log.txt").read_text()
+    done = torch.load(going / "last.pt", weights_only=True)["progress"]["update"]
+    said = f"interrupted; the same command goes on from here, after update {done}"
+    assert said == (going / "log.txt").read_text().splitlines()[-1]
+    assert f"{going}: {said}" in out
 
 
 FAKE = """
@@ -180,7 +185,7 @@ def test_pool_queues_runs_for_gpus(tmp_path, monkeypatch, terminal):
     monkeypatch.setattr(hydra_plugins.pool_launcher, "console", console)
     monkeypatch.setattr(cli.Report, "failures", 0)
     with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-        config = compose("config")
+        config = compose("config", return_hydra_config=True)
         launcher = PoolLauncher(gpus=[5, 7], runs_per_gpu=2, threads=3)
         launcher.setup(hydra_context=None, task_function=test_every_launcher, config=config)
         assert launcher.places() == ["5", "7", "5", "7"]
