@@ -6,14 +6,19 @@
 `--help` lists all choices and keys; a run's folder follows from them.
 """
 
+import signal
 import sys
 from contextlib import closing
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # which `python -P` leaves out
+
+from training import process
+
+process.handle(signal.SIG_DFL)  # no traceback while the rest is imported
+
 import hydra
 from omegaconf import DictConfig
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))  # which `python -P` leaves out
 
 from training import cli
 

@@ -31,7 +31,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from training import distributed, process
-from training.config import cannot_write, flatten, quoted, search_path
+from training.config import cannot_write, flatten, quoted, search_path, shown
 
 WORKER = "SMALLBATCH_WORKER"  # in the environment of a run that a launcher started
 PATIENCE = 30.0  # seconds that a run has to stop
@@ -45,9 +45,9 @@ FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 
 def near(word: str, known: list[str]) -> str:
     """What may have been meant, whatever its case and the group that it stands in."""
-    lower = {key.lower(): key for key in known}
-    ends = [key for key in known if key.lower().endswith(f".{word.lower()}")]
-    matches = ends or [lower[m] for m in get_close_matches(word.lower(), lower, n=3, cutoff=0.5)]
+    word, lower = word.lower(), {key.lower(): key for key in known}
+    same = [key for small, key in lower.items() if f".{small}".endswith(f".{word}")]
+    matches = same or [lower[m] for m in get_close_matches(word, lower, n=3, cutoff=0.5)]
     return f" (did you mean {' or '.join(matches)}?)" if matches else ""
 
 
@@ -155,8 +155,8 @@ def check(config: Any) -> None:
         given = OmegaConf.select(config.hydra, key)
         if given != value:
             raise ValueError(
-                f"hydra.{key}={given}: a run's folder is runtime.runs/study/name, and paths are "
-                f"relative to where the command is given; expected none of this key"
+                f"hydra.{key}={shown(given)}: a run's folder is runtime.runs/study/name, and paths "
+                f"are relative to where the command is given; expected none of this key"
             )
     launcher = config.hydra.runtime.choices.get("hydra/launcher")
     if distributed.size() > 1 and launcher != "basic":
@@ -171,6 +171,8 @@ class Report(Callback):
 
     pid = 0
     """Of the process that the sweep is in; launchers have others."""
+    elsewhere = False
+    """Whether it is a launcher of another package that trains the runs."""
     failures = 0
     folders: list[Path] = []
     """Of the runs of this sweep."""
@@ -196,6 +198,8 @@ class Report(Callback):
 
         self.on_run_start(config)
         Report.pid = os.getpid()
+        launcher = config.hydra.runtime.choices.get("hydra/launcher")
+        Report.elsewhere = launcher not in ("basic", "pool")
         try:
             task = list(config.hydra.overrides.task)
             Report.folders = record([*search_path(config.hydra), *task])
@@ -305,7 +309,7 @@ def place(path: str) -> str:
         return path
     folder = Path(path.removeprefix("file://")).expanduser().absolute()
     if not folder.is_dir():
-        raise ValueError(f"--config-dir={folder}: no such folder (nor for hydra.searchpath)")
+        raise ValueError(f"{folder}: no such folder, for --config-dir or hydra.searchpath")
     return f"file://{folder}"
 
 
@@ -330,9 +334,11 @@ def run(main: Callable[[], Any]) -> None:
     except KeyboardInterrupt as stop:
         process.handle(signal.SIG_IGN)
         if distributed.rank() == 0:
-            notes = getattr(stop, "__notes__", [])
-            nothing = "this process was training nothing, and the same command goes on"
-            print("interrupted;", "; ".join(notes) or nothing, file=sys.stderr)
+            nothing = "nothing was being trained; the same command goes on"
+            if Report.elsewhere:
+                nothing = "the same command goes on with each run from its last checkpoint"
+            what = "; ".join(getattr(stop, "__notes__", [])) or nothing
+            print(f"interrupted; {what}", file=sys.stderr)
         sys.exit(getattr(stop, "status", 130))
     except Exception as raised:
         error = raised
