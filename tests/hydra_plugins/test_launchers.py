@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,7 +22,7 @@ import training.progress
 from hydra_plugins.launcher_defaults import options
 from hydra_plugins.pool_launcher import PoolLauncher
 from training import cli
-from training.study import cells, jobs, state
+from training.study import asked, cells, jobs, state
 
 ROOT = Path(__file__).parent.parent.parent
 SMALL = ["recipe.epochs=2", "data.train_fraction=0.2", "runtime.threads=1", "study=s"]
@@ -162,6 +163,33 @@ def test_pool_keeps_failures_apart_and_stops_at_a_signal(tmp_path, number):
     said = f"interrupted; the same command goes on from here, after update {done}"
     assert said == (going / "log.txt").read_text().splitlines()[-1]
     assert f"{going}: {said}" in out
+
+
+def test_options_of_another_folder_reach_every_process(tmp_path):
+    """And the board, from wherever it is looked at; a folder of the plug-ins' name hides none."""
+    (tmp_path / "mine" / "norm").mkdir(parents=True)
+    shutil.copy(ROOT / "configs" / "norm" / "bn.yaml", tmp_path / "mine" / "norm" / "my bn.yaml")
+    (tmp_path / "other" / "hydra_plugins").mkdir(parents=True)
+    (tmp_path / "other" / "hydra_plugins" / "__init__.py").touch()
+    environment = os.environ | {"PYTHONPATH": str(tmp_path / "other")}
+    for name, given in (
+        ("pool", ["--config-dir", "mine", "hydra/launcher=pool"]),
+        ("basic", ["hydra.searchpath=[file://mine]"]),
+    ):
+        command = [sys.executable, str(ROOT / "train.py"), *given, "norm=my bn,gn", "-m"]
+        command += ["runtime.runs=runs", "runtime.threads=1", "recipe.updates=2", f"study={name}"]
+        made = subprocess.run(
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
+        assert made.returncode == 0, made.stderr
+        assert not made.stderr
+        study = tmp_path / "runs" / name
+        runs, problems = asked(study)
+        assert not problems
+        assert sorted(run.folder for run in runs) == sorted(
+            result.parent for result in study.glob("*/result.json")
+        )
+        assert len(runs) == 2
 
 
 FAKE = """
