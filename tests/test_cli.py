@@ -317,6 +317,10 @@ def test_a_failing_run_does_not_take_the_others_with_it(train):
     assert "larger than the data set" in said[0]
     assert "2 of these runs failed" in said[1]
     assert "Traceback" not in swept.err
+    assert "Error executing job" not in swept.err
+    in_parts = train("-m", "hydra.sweeper.max_batch_size=1", "batch=999,8", "study=parts")
+    assert in_parts.status == 1
+    assert len(list(in_parts.runs.glob("parts/*/result.json"))) == 1
     again = train("-m", "norm=bn,gn", "norm.eps=1e-4", "batch=16,8")
     assert again.status == 0
     assert again.out.count("finished already, skipped") == 4
