@@ -10,7 +10,7 @@ import torch
 from hypothesis import settings
 
 import training.cli
-from training.process import STOP
+from training.process import STOP, StoppedError
 
 ROOT = Path(__file__).parent.parent
 # Numbers of threads change last bits, and tests run side by side.
@@ -24,6 +24,7 @@ settings.load_profile("same_every_time")
 def _seed(monkeypatch):
     torch.manual_seed(0)
     monkeypatch.setenv("HYDRA_FULL_ERROR", "0")  # restored after each test; train.py sets it
+    monkeypatch.setattr(StoppedError, "last", -1.0)  # no signal of an earlier test
     before = {number: signal.getsignal(number) for number in STOP}  # handled by train.py
     yield
     for number, handler in before.items():
