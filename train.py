@@ -6,7 +6,16 @@
 `--help` lists all choices and keys; a run's folder follows from them.
 """
 
+import signal
+import sys
 from contextlib import closing
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # which `python -P` leaves out
+
+from training import process
+
+process.handle(signal.SIG_DFL)  # no traceback while the rest is imported
 
 import hydra
 from omegaconf import DictConfig
@@ -86,7 +95,7 @@ def main(cfg: DictConfig) -> float | None:
         say(f"{run.folder}" + (f": goes on after update {done}" if done else ""))
         updates = cfg.recipe.updates or cfg.recipe.epochs * len(loader)
         expected = compile.seconds(work, updates, plan.share)
-        before = state and state["compiled"]
+        before = state["compiled"] if state else None
         choice = compile.choose(cfg.runtime.compile, where.type, expected, before)
         if before and before != choice.mode:
             say(

@@ -2,8 +2,8 @@
 
 A queue of places, which are GPUs (`runs_per_gpu` times each) or shares of the CPU: a run takes one,
 sees only that GPU and its share of the CPU threads, and writes what it says into its own log.txt. A
-failing or killed run takes nobody with it. Ctrl-C stops all of them; when the launcher itself is
-killed they end as well, since each watches the pipe from it. The same command then goes on.
+failing or killed run takes nobody with it. A signal that stops the launcher stops all of them; when
+it is killed they stop as well, since each watches the pipe from it. The same command then goes on.
 """
 
 import inspect
@@ -21,14 +21,15 @@ from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import Progress, TaskID
 
-from training.cli import WORKER, Report
+from training.cli import PATIENCE, WORKER, Report
+from training.config import search_path
 from training.files import read, write
-from training.progress import console, say
+from training.progress import columns, console, say
 from training.study import Cell, cells, state
 
-PATIENCE = 10.0  # seconds that runs have to stop after Ctrl-C
+MOST = 1024  # threads or runs
 
 
 @dataclass
@@ -42,10 +43,6 @@ class Worker:
     task: TaskID
 
 
-class RunError(RuntimeError):
-    """A run of the sweep did; its reason has been said."""
-
-
 class PoolLauncher(Launcher):
     """Hydra makes one from configs/hydra/launcher/pool.yaml, which explains the arguments."""
 
@@ -57,8 +54,10 @@ class PoolLauncher(Launcher):
         threads: int | None = None,
     ):
         for key, value in dict(workers=workers, runs_per_gpu=runs_per_gpu, threads=threads).items():
-            if value is not None and (type(value) is not int or value < 1):
-                raise ValueError(f"hydra.launcher.{key}={value}: expected a whole number from 1")
+            if value is not None and (type(value) is not int or not 1 <= value <= MOST):
+                above = f" to {MOST}" if type(value) is int and value > MOST else ""
+                expected = f"expected a whole number from 1{above}"
+                raise ValueError(f"hydra.launcher.{key}={value}: {expected}")
         if gpus is not None and (isinstance(gpus, str) or not isinstance(gpus, Sequence)):
             raise ValueError(f"hydra.launcher.gpus={gpus}: expected a list, such as [0,2] or []")
         self.workers, self.gpus = workers, gpus
@@ -93,7 +92,8 @@ class PoolLauncher(Launcher):
     ) -> Sequence[JobReturn]:
         self.listings: dict[str, Any] = {}
         """Of images that finished runs saw, by the keys that name them."""
-        todo = list(enumerate(cells([list(overrides) for overrides in job_overrides])))
+        found = search_path(self.config.hydra)
+        todo = list(enumerate(cells([[*found, *overrides] for overrides in job_overrides])))
         returns = {index: done for index, cell in todo if (done := self.skip(cell))}
         todo = [(index, cell) for index, cell in todo if index not in returns]
         if not todo:
@@ -106,10 +106,7 @@ class PoolLauncher(Launcher):
         )
         working: list[Worker] = []
         with Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TextColumn("{task.fields[text]}"),
-            TimeRemainingColumn(),
+            *columns("{task.fields[text]}"),
             console=console,
             disable=not console.is_terminal,
         ) as self.board:
@@ -130,12 +127,13 @@ class PoolLauncher(Launcher):
                         returns[worker.index] = self.end(worker)
                         over += 1
                         self.board.update(everything, completed=over, text=f"{over}/{count} runs")
+            except KeyboardInterrupt as interrupt:
+                self.stop(working)
+                interrupt.add_note("the same command goes on with these runs, as said of each")
+                raise
             finally:
-                stop(working)
-                for cell in (worker.cell for worker in working):
-                    now = state(cell.folder)
-                    if now.name == "failed":  # before it could be stopped
-                        self.failed(cell, now.text)
+                for worker in working:  # whatever else ended the launcher
+                    close(worker.process)
         return [returns[index] for index in sorted(returns)]
 
     def skip(self, cell: Cell) -> JobReturn | None:
@@ -168,6 +166,7 @@ class PoolLauncher(Launcher):
 
     def start(self, cell: Cell, index: int, place: str) -> Worker:
         cell.folder.mkdir(parents=True, exist_ok=True)
+        (cell.folder / "error.txt").unlink(missing_ok=True)  # of an earlier attempt
         environment = os.environ | {WORKER: "pool", "OMP_NUM_THREADS": str(self.share)}
         overrides = list(cell.overrides)
         if place:
@@ -198,8 +197,9 @@ class PoolLauncher(Launcher):
         self.board.remove_task(worker.task)
         close(worker.process)
         cell, code = worker.cell, worker.process.returncode
-        over = state(cell.folder).name in ("finished", "diverged")
-        if code < 0 and not over:
+        before = state(cell.folder).name
+        over = before in ("finished", "diverged")
+        if code < 0 and not over and before != "failed":
             name = signal.Signals(-code).name
             why = f"killed by {name}{' (out of memory?)' if name == 'SIGKILL' else ''}"
             write(cell.folder / "error.txt", f"{why}; it can go on from its last checkpoint\n")
@@ -210,11 +210,30 @@ class PoolLauncher(Launcher):
         say(f"{cell.folder}: {now.name} {now.text}" if over else last_line(cell.folder / "log.txt"))
         return self.completed(cell)
 
+    def stop(self, working: list[Worker]) -> None:
+        """End what still runs: with a checkpoint if that takes no longer than `PATIENCE`. A line of
+        each says what came of it."""
+        for worker in working:
+            worker.process.send_signal(signal.SIGTERM)
+        deadline = time.monotonic() + PATIENCE
+        for worker in working:
+            try:
+                worker.process.wait(max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                worker.process.kill()
+                worker.process.wait()
+            folder, code = worker.cell.folder, worker.process.returncode
+            if code == 128 + signal.SIGTERM:
+                say(f"{folder}: {last_line(folder / 'log.txt')}")
+            elif code == -signal.SIGTERM and state(folder).name in ("waiting", "interrupted"):
+                say(f"{folder}: interrupted while it started; nothing is lost")
+            else:  # by itself, or not in time
+                self.end(worker)
+
     def failed(self, cell: Cell, reason: str) -> JobReturn:
+        """Counted and said, so that nothing is left for Hydra to raise."""
         Report.failed(cell.overrides, reason, f" ({cell.folder / 'log.txt'})")
-        return JobReturn(
-            overrides=cell.overrides, status=JobStatus.FAILED, _return_value=RunError(reason)
-        )
+        return JobReturn(overrides=cell.overrides, status=JobStatus.COMPLETED, _return_value=None)
 
     def completed(self, cell: Cell) -> JobReturn:
         file = cell.folder / "result.json"
@@ -223,23 +242,9 @@ class PoolLauncher(Launcher):
 
 
 def close(process: subprocess.Popen[bytes]) -> None:
-    """The pipe to it."""
+    """The pipe to it, at which it stops."""
     if process.stdin:
         process.stdin.close()
-
-
-def stop(working: list[Worker]) -> None:
-    """End what still runs: kindly, then not."""
-    for worker in working:
-        worker.process.send_signal(signal.SIGINT)
-    deadline = time.monotonic() + PATIENCE
-    for worker in working:
-        try:
-            worker.process.wait(max(0.0, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            worker.process.kill()
-            worker.process.wait()
-        close(worker.process)
 
 
 def last_line(file: Path) -> str:

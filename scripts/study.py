@@ -10,25 +10,21 @@ do. Reads files and looks at locks only, so it never disturbs a study.
 
 import argparse
 import re
-import shlex
 import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from omegaconf import OmegaConf
 from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from training.cli import MISTAKES, explain
-from training.files import read
-from training.study import COMMANDS, Cell, State, cells, jobs, state
+from training.study import COMMANDS, State, state
+from training.study import asked as study_of
 
 MARKS = (".lock", ".hydra", "result.json", "error.txt")  # of a run's folder
 
@@ -44,42 +40,19 @@ COLOURS = {
 EVERY = 2.0  # seconds between two looks
 
 
-def names(study: Path) -> set[str]:
-    """What the study was called when its runs were trained, and is called now: it may have been
-    renamed or copied."""
-    found = {study.resolve().name}
-    for file in study.glob("*/.hydra/config.yaml"):
-        with suppress(*MISTAKES):  # of a damaged run, which has a line of its own
-            found.add(str(OmegaConf.select(OmegaConf.create(read(file)), "study")))
-    return found
-
-
 def asked(study: Path) -> tuple[dict[Path, str], list[str]]:
     """The folders of the runs, in the order of the commands, with what tells them apart beside
     scheme, batch size and seed; then others that lie there. And why a command has no runs here.
 
     Raises `ValueError` for a folder that is no study, and where there is no run at all.
     """
-    file = study / COMMANDS
     there = sorted({mark.parent for name in MARKS for mark in study.glob(f"*/{name}")})
-    if not file.exists() and not there:
+    if not (study / COMMANDS).exists() and not there:
         raise ValueError(f"{study}: no study; expected a folder such as runs/quickstart")
-    composed: list[Cell] = []
-    lost = []
-    for line in file.read_text(errors="replace").splitlines() if file.exists() else ():
-        try:
-            composed += cells(jobs(shlex.split(line)))
-        except MISTAKES as error:
-            lost.append(f"{file}: {line}: {explain(error)}")
-    known = names(study)
-    if not there and len({cell.folder.parent for cell in composed}) == 1:
-        known.add(composed[0].folder.parent.name)
-    found: dict[str, list[str]] = {}
-    for cell in composed:
-        if cell.folder.parent.name in known:
-            found.setdefault(cell.folder.name, cell.overrides)
-    if not found and not there and lost:
+    runs, lost = study_of(study)
+    if lost and not runs and not there:
         raise ValueError(lost[0])
+    found = {cell.folder.name: cell.overrides for cell in runs}
     common = set.intersection(*(set(overrides) for overrides in found.values())) if found else set()
     plain = re.compile("(norm|batch|seed)=")
     shown = {

@@ -1,5 +1,6 @@
 import os
 import runpy
+import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ import torch
 from hypothesis import settings
 
 import training.cli
+from training.process import STOP, StoppedError
 
 ROOT = Path(__file__).parent.parent
 # Numbers of threads change last bits, and tests run side by side.
@@ -19,9 +21,14 @@ settings.load_profile("same_every_time")
 
 
 @pytest.fixture(autouse=True)
-def _seed(monkeypatch) -> None:
+def _seed(monkeypatch):
     torch.manual_seed(0)
     monkeypatch.setenv("HYDRA_FULL_ERROR", "0")  # restored after each test; train.py sets it
+    monkeypatch.setattr(StoppedError, "last", -1.0)  # no signal of an earlier test
+    before = {number: signal.getsignal(number) for number in STOP}  # handled by train.py
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture
@@ -53,6 +60,8 @@ def train(tmp_path, monkeypatch, capfd):
 
     def call(*args: str, quick: bool = True, runs: Path = tmp_path / "runs") -> Outcome:
         small = ["recipe.epochs=1", "data.train_fraction=0.1"] if quick else []
+        if any(a.startswith("recipe.updates=") for a in args):
+            small = small[1:]
         own = [f"runtime.runs={runs}", "runtime.threads=1"]
         monkeypatch.setattr(training.cli.Report, "failures", 0)
         monkeypatch.setattr(training.cli.Report, "told", set())

@@ -1,9 +1,12 @@
 """The command line as a person uses it: what runs leave behind, and what mistakes are told."""
 
 import csv
+import errno
+import itertools
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -15,6 +18,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+
+import data
+from training import cli, loop, report
+from training.process import StoppedError
 
 ROOT = Path(__file__).parent.parent
 PROMISED = [
@@ -198,7 +205,7 @@ def test_help_is_a_page(train):
 
 
 def test_durations_in_updates_and_rare_evaluations(train):
-    done = train("recipe.updates=10", "recipe.epochs=5", "recipe.eval_every=2", "batch=32")
+    done = train("recipe.updates=10", "recipe.eval_every=2", "batch=32")
     assert done.status == 0, done.err
     with open(done.run() / "metrics.csv") as file:
         rows = list(csv.DictReader(file))
@@ -310,6 +317,10 @@ def test_a_failing_run_does_not_take_the_others_with_it(train):
     assert "larger than the data set" in said[0]
     assert "2 of these runs failed" in said[1]
     assert "Traceback" not in swept.err
+    assert "Error executing job" not in swept.err
+    in_parts = train("-m", "hydra.sweeper.max_batch_size=1", "batch=999,8", "study=parts")
+    assert in_parts.status == 1
+    assert len(list(in_parts.runs.glob("parts/*/result.json"))) == 1
     again = train("-m", "norm=bn,gn", "norm.eps=1e-4", "batch=16,8")
     assert again.status == 0
     assert again.out.count("finished already, skipped") == 4
@@ -323,11 +334,21 @@ def test_runs_of_a_sweep_do_not_touch_each_other(train, tmp_path):
     assert_same_weights(swept, alone.run())
 
 
-@pytest.mark.parametrize("study", ["", "..", "../beside", "a/b"])
-def test_a_refused_study_leaves_nothing_anywhere(train, tmp_path, study):
+@pytest.mark.parametrize(
+    ("study", "rule"),
+    [
+        ("", "not empty"),
+        ("..", "without a dot or space at either end"),
+        ("../beside", "without slashes"),
+        ("a/b", "without slashes"),
+        (".try", "without a dot or space at either end"),
+        ("n" * 201, "of at most 200 bytes"),
+    ],
+)
+def test_a_refused_study_leaves_nothing_anywhere(train, tmp_path, study, rule):
     swept = train("-m", "seed=0,1", f"study={study}")
     assert swept.status == 1
-    assert f"study={study}: expected the name of a folder, without slashes" in swept.err
+    assert f"study={study}: expected the name of a folder, {rule}" in swept.err
     left = [file for file in tmp_path.rglob("*") if file.is_file()]
     assert left == [swept.runs / "multirun.yaml"]  # Hydra's own
 
@@ -448,6 +469,27 @@ MISTAKES = [
     (["study="], 1, ["study=: expected the name of a folder"]),
     (["name=.."], 1, ["name=..: expected the name of a folder"]),
     (["runtime.runs=/proc/none"], 1, ["runtime.runs=/proc/none: cannot write"]),
+    (["study=[a]"], 1, ["study=['a']: expected a text"]),
+    (["study={a: 1}"], 1, ["study={'a': 1}: expected a single value"]),
+    (["batch='2'"], 1, ["batch='2': expected a whole number from 1"]),
+    (["seed=18446744073709551617"], 1, ["expected a whole number from 0 to 9007199254740991"]),
+    (["runtime.threads=100000"], 1, ["expected a whole number from 1 to 1024"]),
+    (["recipe=imagenet_mabn"], 1, ["recipe.epochs=1: has no effect beside recipe.updates=600000"]),
+    (["norm=GN"], 2, ["norm=GN: unknown (did you mean gn?)"]),
+    (["lr=0.1"], 2, ["lr: no such key (did you mean recipe.lr?)"]),
+    (["recipe.LR=0.1"], 2, ["recipe.LR: no such key (did you mean recipe.lr?)"]),
+    (["data.root=/a=b"], 2, ["""with such letters is quoted: 'data.root="/a=b"'"""]),
+    (["study=Größe"], 2, ["""is quoted: 'study="Größe"'"""]),
+    (["data.root=~/a"], 2, [f"""is quoted: 'data.root="{Path.home()}/a"'"""]),
+    (["hydra.run.dir=x"], 1, ["hydra.run.dir=x: a run's folder is runtime.runs/study/name"]),
+    (["-m", "hydra.sweep.dir=x"], 1, ["hydra.sweep.dir=x: a run's folder is"]),
+    (["hydra.job.chdir=true"], 1, ["hydra.job.chdir=true: a run's folder is"]),
+    (["hydra.output_subdir=.hydra"], 1, ["hydra.output_subdir=.hydra: a run's folder is"]),
+    (["-m", "hydra.sweeper.params={seed: '0,1'}"], 1, ["hydra.sweeper.params: cannot be set"]),
+    (["--config-name=x"], 2, ["--config-name: there is one configuration"]),
+    (["--config-dir=/nowhere"], 2, ["/nowhere: no such folder, for --config-dir"]),
+    (["hydra.searchpath=[file:///nowhere]"], 2, ["/nowhere: no such folder, for --config-dir"]),
+    (["--cfg=jobs"], 2, ["--cfg/-c: invalid choice: 'jobs'"]),
 ]
 
 
@@ -461,6 +503,16 @@ def test_mistakes_get_one_line(train, arguments, status, parts):
     assert made.status == status
     assert made.out == ""
     assert not list(made.runs.glob("*/*"))
+
+
+def test_flags_stand_anywhere_and_texts_are_as_typed(train):
+    asked, words = cli.arguments(["batch=2", "-m", "study=1e3,a,true", "name=null", "seed=0,1"])
+    assert asked.multirun
+    typed = 'study="1e3",a,"true"'
+    assert words == ["--multirun", "batch=2", typed, "name=null", "seed=0,1"]
+    done = train("study=1e3", "name=2024_06_01", "recipe.updates=1")
+    assert done.status == 0, done.err
+    assert (done.runs / "1e3" / "2024_06_01" / "result.json").exists()
 
 
 def test_cuda_where_there_is_none(train, monkeypatch):
@@ -514,6 +566,32 @@ def test_full_error_is_left_to_hydra(tmp_path):
     made = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert made.returncode == 1
     assert "Traceback" in made.stderr
+
+
+# --- the terminal
+
+
+@pytest.mark.parametrize(
+    ("redirection", "told"),
+    [
+        ("| head -1", "standard output: Broken pipe; going on without\n"),
+        (">/dev/full", "standard output: No space left on device; going on without\n"),
+        (">&- 2>&- <&-", ""),
+        ("runtime.progress=bar", ""),
+    ],
+)
+def test_output_is_never_worth_a_run(tmp_path, redirection, told):
+    """Nor are Python's safe path, another folder, and markup or letters in a name."""
+    words = [sys.executable, str(ROOT / "train.py"), f"runtime.runs={tmp_path}", "-m", "seed=0,1"]
+    words += ["recipe.updates=3", "runtime.threads=1", 'study="[bold]x :warning: ü"']
+    environment = os.environ | {"PYTHONSAFEPATH": "1", "PYTHONIOENCODING": "ascii"}
+    command = ["bash", "-c", f"{shlex.join(words)} {redirection}"]
+    made = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert made.returncode == 0, made.stderr
+    assert made.stderr == told
+    assert len(list(tmp_path.glob("*/*/result.json"))) == 2
+    if "progress" in redirection:
+        assert "[bold]x :warning: \\xfc/bn-b32-s0" in made.stdout
 
 
 # --- interruption
@@ -582,8 +660,8 @@ def test_killed_and_restarted_equals_uninterrupted(train, tmp_path, norm):
         assert results[0][key] == results[1][key], key
 
 
-def test_a_scheduler_s_signal_writes_a_checkpoint_first(train, tmp_path):
-    """In the middle of an epoch, and far from any other checkpoint."""
+def test_a_signal_writes_a_checkpoint_first(train, tmp_path):
+    """In the middle of an epoch, and far from any other checkpoint; all end as the undisturbed."""
     keys = ["batch=4", "recipe.epochs=1", "checkpoint.every_minutes=0", "runtime.log_every=5"]
 
     def start(runs):
@@ -597,7 +675,7 @@ def test_a_scheduler_s_signal_writes_a_checkpoint_first(train, tmp_path):
 
     assert train(*keys, quick=False, runs=tmp_path / "whole").status == 0
     before = 0
-    for number in (signal.SIGTERM, signal.SIGUSR1):
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1):
         stopped = start(tmp_path / "stopped")
         while not list(tmp_path.glob("stopped/*/*/progress.json")):
             assert stopped.poll() is None, stopped.communicate()
@@ -605,15 +683,100 @@ def test_a_scheduler_s_signal_writes_a_checkpoint_first(train, tmp_path):
         stopped.send_signal(number)
         _, err = stopped.communicate()
         assert stopped.returncode == 128 + number, err
-        assert err == "interrupted; the same command goes on from here\n"
         [file] = tmp_path.glob("stopped/*/*/last.pt")
         done = torch.load(file, weights_only=True)["progress"]["update"]
+        assert err == f"interrupted; the same command goes on from here, after update {done}\n"
         assert before < done < 359
         before = done
         file.with_name("progress.json").unlink()
     last = start(tmp_path / "stopped")
     assert f"goes on after update {done}" in last.communicate()[0]
-    assert_same_weights(*(next(tmp_path.glob(f"{x}/*/*")) for x in ("whole", "stopped")))
+    both = [next(tmp_path.glob(f"{x}/*/*")) for x in ("whole", "stopped")]
+    assert_same_weights(*both)
+    assert metrics(both[0]) == metrics(both[1])
+    assert points(both[0]) == points(both[1])
+    assert not list(both[1].glob("*.tmp"))
+
+
+@pytest.mark.parametrize("where", ["evaluation", "images"])
+def test_a_signal_while_the_run_waits(train, monkeypatch, tmp_path, where):
+    """For what may take minutes; on the way back nothing is missing in any file."""
+    keys = ["batch=4", "recipe.updates=90", "runtime.log_every=7", "data.train_fraction=0.2"]
+    assert train(*keys, runs=tmp_path / "whole").status == 0
+    module, name = {"evaluation": (loop, "evaluate"), "images": (data, "load")}[where]
+    original = getattr(module, name)
+
+    def evaluate(model, batches):
+        signal.raise_signal(signal.SIGHUP)
+        return original(model, batches)
+
+    def load(*args):
+        loader = original(*args)
+        whole = loader.train
+
+        def train(epoch, start):
+            yield from itertools.islice(whole(epoch, start), 10)
+            signal.raise_signal(signal.SIGHUP)
+
+        monkeypatch.setattr(loader, "train", train)
+        return loader
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, name, evaluate if where == "evaluation" else load)
+        stopped = train(*keys)
+    assert stopped.status == 128 + signal.SIGHUP
+    update = {"evaluation": 71, "images": 10}[where]
+    assert (
+        stopped.err == f"interrupted; the same command goes on from here, after update {update}\n"
+    )
+    monkeypatch.setattr(StoppedError, "last", -1.0)
+    again = train(*keys)
+    assert f"goes on after update {update}" in again.out
+    both = [next(tmp_path.glob(f"{x}/*/*")) for x in ("whole", "runs")]
+    assert_same_weights(*both)
+    assert metrics(both[0]) == metrics(both[1])
+    assert points(both[0]) == points(both[1])
+
+
+@pytest.mark.parametrize(
+    ("overwrite", "said"),
+    [(False, "goes on from here, after update 4"), (True, "starts again, without overwrite=true")],
+)
+def test_a_signal_before_and_behind_the_training(train, monkeypatch, overwrite, said):
+    load = data.load
+
+    def interrupted(*args):
+        signal.raise_signal(signal.SIGTERM)
+
+    keys = ["recipe.updates=4", f"overwrite={overwrite}"]
+    monkeypatch.setattr(data, "load", interrupted)
+    assert (
+        train(*keys).err == "interrupted; nothing is trained yet; the same command starts again\n"
+    )
+    monkeypatch.setattr(data, "load", load)
+    monkeypatch.setattr(report, "result", interrupted)
+    monkeypatch.setattr(StoppedError, "last", -1.0)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    assert said in train(*keys).err
+
+
+def test_a_full_disk_is_named_and_costs_the_run_nothing_before(train, monkeypatch):
+    """The checkpoint before the last can be read, and no part of the last is left."""
+    real = os.fsync
+    done = train("recipe.epochs=2")
+    (done.run() / "result.json").unlink()
+
+    def full(number):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    refused = train("recipe.epochs=2")
+    assert one_line(
+        refused.err, f"{done.run()}/metrics.csv: No space left on device", "runtime.runs"
+    )
+    assert not list(done.run().glob("*.tmp"))
+    monkeypatch.setattr(os, "fsync", real)
+    assert train("recipe.epochs=2").status == 0
 
 
 def test_checkpoints_by_time(train, monkeypatch):

@@ -13,12 +13,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from norms.numbers import tensor
 from omegaconf import OmegaConf
 
 import models
 import norms
 from norms import moments
-from norms.numbers import tensor
 from tests.norms import literal
 from training.protocol import Plan
 from training.step import Step

@@ -1,17 +1,23 @@
 """The command line's manners: a mistake of the user gets one line, only a fault of ours more."""
 
+import errno
 import os
 import re
+import shlex
+import signal
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.errors import (
     HydraException,
@@ -24,22 +30,24 @@ from hydra.types import RunMode
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from training import distributed
-from training.config import flatten
+from training import distributed, process
+from training.config import cannot_write, flatten, quoted, search_path, shown
 
 WORKER = "SMALLBATCH_WORKER"  # in the environment of a run that a launcher started
+PATIENCE = 30.0  # seconds that a run has to stop
 FULL = os.environ.get("HYDRA_FULL_ERROR") == "1"
 MISTAKES = (ValueError, OSError, HydraException, OmegaConfBaseException)
-FLAGS = re.compile(
-    r"-(h|p|r|m|c|i|sc|cp|cn|cd|-help|-hydra-help|-version|-cfg|-resolve|-package|-run|-multirun"
-    r"|-shell-completion|-config-path|-config-name|-config-dir|-experimental-rerun|-info)(=.*)?"
-)
 LAUNCHERS = ("joblib", "ray", "submitit_local", "submitit_slurm")  # of other packages
 CHOICE = re.compile(r"(model|norm|protocol|data|recipe)=\w+")
+TEXTS = re.compile(r"(\+*(?:study|name))=([\w.+\-\s,]+)")
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 
 
 def near(word: str, known: list[str]) -> str:
-    matches = get_close_matches(word, known, n=3, cutoff=0.5)
+    """What may have been meant, whatever its case and the group that it stands in."""
+    word, lower = word.lower(), {key.lower(): key for key in known}
+    same = [key for small, key in lower.items() if f".{small}".endswith(f".{word}")]
+    matches = same or [lower[m] for m in get_close_matches(word, lower, n=3, cutoff=0.5)]
     return f" (did you mean {' or '.join(matches)}?)" if matches else ""
 
 
@@ -53,7 +61,12 @@ def explain(error: BaseException) -> str:
             return f"{group}={option}: not installed; pip install -c constraints.txt '.[{extra}]'"
         return f"{group}={option}: unknown{near(option, options)}; allowed: {', '.join(options)}"
     if isinstance(error, OverrideParseException):
-        return f"{error.override}: cannot be read; expected KEY=VALUE, such as batch=2 or norm=gn"
+        key, equals, value = str(error.override).partition("=")
+        if not equals:
+            return f"{key}: cannot be read; expected KEY=VALUE, such as batch=2 or norm=gn"
+        value = str(Path(value).expanduser()) if value.startswith("~") else value
+        text = shlex.quote(f"{key}={quoted(value)}")
+        return f"{error.override}: cannot be read; a text with such letters is quoted: {text}"
     if type(error).__name__ == "OutOfMemoryError":  # torch's, without importing it
         return f"out of memory: a smaller protocol.forward or model needs less ({first(error)})"
     if distributed.lost(error):
@@ -63,6 +76,8 @@ def explain(error: BaseException) -> str:
         )
     if isinstance(error, InstantiationException) and isinstance(error.__cause__, ValueError):
         return explain(error.__cause__)  # a launcher's own
+    if hydras := re.search(r"full_key: (hydra\.\S+)", str(error)):  # of plain types, too
+        return f"{hydras[1]}: cannot be set to that ({first(error)})"
     if isinstance(error, HydraException | OmegaConfBaseException):
         cause = error.__cause__
         missing = re.search(r"Missing mandatory value: (\S+)", f"{error} {cause}")
@@ -77,15 +92,13 @@ def explain(error: BaseException) -> str:
             return f"{key}: no such key{near(key, keys)}; --help lists all"
         return first(error) + (f" ({first(cause)})" if cause else "")
     if isinstance(error, OSError) and error.filename:
-        return (
-            f"{error.filename}: {error.strerror}; runtime.runs and data.cache name the folders "
-            f"that are written"
-        )
+        full = "; runtime.runs and data.cache name the folders that are written"
+        return f"{error.filename}: {error.strerror}{full if error.errno in FULL_DISK else ''}"
     return " ".join(str(error).split()) or type(error).__name__
 
 
 def first(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0].rstrip(".:")
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".:")
 
 
 def known_keys() -> list[str]:
@@ -93,22 +106,22 @@ def known_keys() -> list[str]:
     from hydra.core.global_hydra import GlobalHydra
 
     GlobalHydra.instance().clear()
-    with initialize_config_dir(str(Path(__file__).parent.parent / "configs"), version_base="1.3"):
+    with initialize_config_dir(str(process.ROOT / "configs"), version_base="1.3"):
         keys = list(flatten(compose("config", [w for w in sys.argv if CHOICE.fullmatch(w)])))
     return sorted({*keys, *(k.split(".")[0] for k in keys), "experiment"})
 
 
-def complain(error: BaseException, what: str = "") -> None:
+def print_error(error: BaseException, what: str = "") -> None:
     if distributed.speaks():
         print(f"error: {what}{explain(error)}", file=sys.stderr)
 
 
 def is_mistake(error: BaseException) -> bool:
     plain = isinstance(error, MISTAKES) or type(error).__name__ == "OutOfMemoryError"
-    return plain or distributed.lost(error)
+    return plain or distributed.lost(error) or "full_key: hydra." in str(error)
 
 
-def leave(config: Any, error: BaseException) -> None:
+def write_error(config: Any, error: BaseException) -> None:
     """Write the reason into the run's folder, for `scripts/study.py`."""
     from training.config import folder
     from training.files import write
@@ -119,13 +132,13 @@ def leave(config: Any, error: BaseException) -> None:
         write(folder(config) / "error.txt", explain(error) + "\n")
 
 
-def abandon(config: Any, error: BaseException) -> None:
+def abort(config: Any, error: BaseException) -> NoReturn:
     """End a process that others may be waiting for, so that whoever started them ends them all."""
     from training.run import RefusedError
 
     if distributed.speaks():
         if not isinstance(error, RefusedError):
-            leave(config, error)
+            write_error(config, error)
         who = f"process {distributed.rank()} of {distributed.size()}: "
         print(f"error: {who}{explain(error)}", file=sys.stderr)
         if FULL or not is_mistake(error):
@@ -135,9 +148,31 @@ def abandon(config: Any, error: BaseException) -> None:
     os._exit(1)
 
 
+def check(config: Any) -> None:
+    """Raise `ValueError` for keys of Hydra's that cannot mean anything here."""
+    own = {"run.dir": ".", "sweep.dir": str(config.runtime.runs), "sweep.subdir": "."}
+    for key, value in (own | {"job.chdir": False, "output_subdir": None}).items():
+        given = OmegaConf.select(config.hydra, key)
+        if given != value:
+            raise ValueError(
+                f"hydra.{key}={shown(given)}: a run's folder is runtime.runs/study/name, and paths "
+                f"are relative to where the command is given; expected none of this key"
+            )
+    launcher = config.hydra.runtime.choices.get("hydra/launcher")
+    if distributed.size() > 1 and launcher != "basic":
+        raise ValueError(
+            f"hydra/launcher={launcher}: {distributed.size()} processes were started for each run, "
+            f"by torchrun or WORLD_SIZE, and would each start all of them; expected basic"
+        )
+
+
 class Report(Callback):
     """Says in one line why a run failed: at once in a sweep, which then goes on."""
 
+    pid = 0
+    """Of the process that the sweep is in; launchers have others."""
+    elsewhere = False
+    """Whether it is a launcher of another package that trains the runs."""
     failures = 0
     folders: list[Path] = []
     """Of the runs of this sweep."""
@@ -151,11 +186,28 @@ class Report(Callback):
             print(f"error: {' '.join(overrides)}: {reason}{where}", file=sys.stderr)
         cls.told.add(reason)
 
+    def on_run_start(self, config: Any, **kwargs: Any) -> None:
+        try:
+            check(config)
+        except MISTAKES as error:
+            print_error(error)
+            sys.exit(1)
+
     def on_multirun_start(self, config: Any, **kwargs: Any) -> None:
         from training.study import record
 
-        with suppress(*MISTAKES):  # which the sweep will come upon itself, and say so
-            Report.folders = record(list(config.hydra.overrides.task))
+        self.on_run_start(config)
+        Report.pid = os.getpid()
+        launcher = config.hydra.runtime.choices.get("hydra/launcher")
+        Report.elsewhere = launcher not in ("basic", "pool")
+        try:
+            task = list(config.hydra.overrides.task)
+            Report.folders = record([*search_path(config.hydra), *task])
+        except OSError as error:
+            print_error(cannot_write(config, error))
+            sys.exit(1)
+        except MISTAKES:  # which the sweep will come upon itself, and say so
+            pass
 
     def on_job_end(self, config: Any, job_return: JobReturn, **kwargs: Any) -> None:
         sweep = HydraConfig.get().mode == RunMode.MULTIRUN
@@ -170,63 +222,143 @@ class Report(Callback):
             job_return.status, job_return.return_value = JobStatus.COMPLETED, None
             return
         if together:
-            abandon(config, error)
+            abort(config, error)
         if not isinstance(error, RefusedError):
-            leave(config, error)
+            write_error(config, error)
         if sweep:
             Report.failed(job_return.overrides or [], explain(error))
-            if not is_mistake(error):
+            if FULL or not is_mistake(error):
                 traceback.print_exception(error)
-            # Hydra keeps the error until the sweep ends, and its frames would keep the model.
-            error.__traceback__ = error.__cause__ = error.__context__ = None
+            if Report.pid == os.getpid():  # counted; Hydra would say it again
+                job_return.status, job_return.return_value = JobStatus.COMPLETED, None
+            else:  # Hydra keeps the error, and its frames would keep the model
+                error.__traceback__ = error.__cause__ = error.__context__ = None
 
     def on_run_end(self, config: Any, **kwargs: Any) -> None:
         job: JobReturn = kwargs["job_return"]
         error = job._return_value
         if job.status == JobStatus.FAILED and is_mistake(error) and not FULL:
-            complain(error)
+            print_error(error)
             sys.exit(1)  # the job is over; Hydra would put a line of its own before ours
 
 
-def end_with_launcher() -> None:
+def stop_with_launcher() -> None:
     """A worker's standard input ends when its launcher does, however that ended."""
     os.read(0, 1)
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(PATIENCE)
     os._exit(1)
+
+
+def as_typed(word: str) -> str:
+    """study=1e3 is a text as it is typed, and no number."""
+    found = TEXTS.fullmatch(word)
+    if not found:
+        return word
+    values = []
+    for value in found[2].split(","):
+        with suppress(HydraException):
+            read = OverridesParser.create().parse_override(f"study={value}").value()
+            value = value if read is None or isinstance(read, str) else quoted(value.strip())
+        values.append(value)
+    return f"{found[1]}={','.join(values)}"
+
+
+def arguments(words: list[str]) -> tuple[Any, list[str]]:
+    """What is asked of Hydra, and the words for it: flags first, wherever they stood; folders of
+    options absolute, so that any process finds them. Raises `ValueError` where there are none."""
+
+    def refuse(message: str) -> NoReturn:
+        raise ValueError(message)
+
+    parser = get_args_parser()
+    parser.error = refuse  # type: ignore[method-assign]
+    args, unknown = parser.parse_known_intermixed_args(words)
+    for word in unknown:
+        key = word.lstrip("-").split("=")[0]
+        raise ValueError(f"{word}: keys are written without dashes: {key}=VALUE")
+    for name in ("config_path", "config_name", "experimental_rerun"):
+        if getattr(args, name) is not None:
+            raise ValueError(
+                f"--{name.replace('_', '-')}: there is one configuration, in configs/; "
+                f"--config-dir=FOLDER adds options to its groups, such as experiment=NAME"
+            )
+    places = [args.config_dir] if args.config_dir is not None else []
+    overrides = []
+    for word in args.overrides:
+        if word.startswith("hydra.searchpath="):
+            with suppress(HydraException):  # which Hydra will say
+                given: Any = OverridesParser.create().parse_override(word).value()
+                places += given if isinstance(given, list) else [given]
+                continue
+        overrides.append(as_typed(word))
+    if places:
+        overrides.append(f"hydra.searchpath=[{','.join(quoted(place(str(x))) for x in places)}]")
+    flags = {k: v for k, v in vars(args).items() if k not in ("overrides", "config_dir")}
+    words = [
+        f"--{name.replace('_', '-')}" + ("" if value is True else f"={value}")
+        for name, value in flags.items()
+        if value not in (None, False)
+    ]
+    return args, [*words, *overrides]
+
+
+def place(path: str) -> str:
+    """A folder of options, from wherever it is looked for."""
+    if "://" in path and not path.startswith("file://"):
+        return path
+    folder = Path(path.removeprefix("file://")).expanduser().absolute()
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder, for --config-dir or hydra.searchpath")
+    return f"file://{folder}"
 
 
 def run(main: Callable[[], Any]) -> None:
     """Call Hydra's entry point; exit 2 for what cannot be composed, 1 for what cannot be run."""
-    for word in sys.argv[1:]:
-        if word.startswith("-") and not FLAGS.fullmatch(word):
-            key = word.lstrip("-").split("=")[0]
-            complain(ValueError(f"{word}: keys are written without dashes: {key}=VALUE"))
-            sys.exit(2)
+    process.handle()
+    process.find_project()
+    try:
+        distributed.check_environment()
+        asked, sys.argv[1:] = arguments(sys.argv[1:])
+    except ValueError as mistake:
+        print(f"error: {mistake}", file=sys.stderr)
+        sys.exit(2)
+    if not (asked.help or asked.hydra_help or asked.cfg or asked.info or asked.shell_completion):
+        process.open_output()  # else it is what was asked for
     if WORKER in os.environ:
-        threading.Thread(target=end_with_launcher, daemon=True).start()
+        threading.Thread(target=stop_with_launcher, daemon=True).start()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # so that Hydra leaves its errors to us
+    error: Exception | None = None
     try:
         main()
     except KeyboardInterrupt as stop:
+        process.handle(signal.SIG_IGN)
         if distributed.rank() == 0:
-            print("interrupted; the same command goes on from here", file=sys.stderr)
+            nothing = "nothing was being trained; the same command goes on"
+            if Report.elsewhere:
+                nothing = "the same command goes on with each run from its last checkpoint"
+            what = "; ".join(getattr(stop, "__notes__", [])) or nothing
+            print(f"interrupted; {what}", file=sys.stderr)
         sys.exit(getattr(stop, "status", 130))
-    except Exception as error:
-        left = [f for f in Report.folders if (f / "error.txt").exists()]
-        if FULL or not (Report.failures or left or is_mistake(error)):
-            raise
-        if not Report.failures:  # they were said elsewhere, if it was a launcher's processes
-            for folder in left:
-                complain(ValueError((folder / "error.txt").read_text()), f"{folder}: ")
-        if Report.failures or left:
-            studies = " ".join(sorted({str(folder.parent) for folder in Report.folders}))
-            hint = f" (python scripts/study.py {studies} shows all)" if studies else ""
-            print(
-                f"error: {Report.failures or len(left)} of these runs failed, see above; the same "
-                f"command tries them again and skips the finished ones{hint}",
-                file=sys.stderr,
-            )
-        else:
-            complain(error)
-        sys.exit(2 if isinstance(error, HydraException) else 1)
+    except Exception as raised:
+        error = raised
     finally:
         distributed.leave()
+    left = [f for f in Report.folders if error and (f / "error.txt").exists()]
+    if error and (FULL or not (Report.failures or left or is_mistake(error))):
+        raise error
+    if not Report.failures:  # they were said elsewhere, if it was a launcher's processes
+        for folder in left:
+            print_error(ValueError((folder / "error.txt").read_text()), f"{folder}: ")
+    if Report.failures or left:
+        studies = " ".join(sorted({str(folder.parent) for folder in Report.folders}))
+        print(
+            f"error: {Report.failures or len(left)} of these runs failed, see above; the same "
+            f"command tries them again and skips the finished ones"
+            + (f" (python scripts/study.py {studies} shows all)" if studies else ""),
+            file=sys.stderr,
+        )
+        sys.exit(1)
+    if error:
+        print_error(error)
+        sys.exit(2 if isinstance(error, HydraException) else 1)

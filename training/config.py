@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ LATER: dict[str, Any] = {
     "recipe.cutmix": 0.0,
 }
 
-# Whole numbers, and the least that is allowed.
+# Whole numbers, and the least that is allowed. The most is LARGEST, or stands in MOST.
 COUNTS = {
     "batch": 1,
     "devices": 1,
@@ -64,6 +65,13 @@ COUNTS = {
     "runtime.log_every": 1,
     "checkpoint.every_updates": 0,
 }
+# Keys that have no effect where another is given.
+IN_PLACE_OF = {
+    "recipe.epochs": "recipe.updates",
+    "norm.groups": "norm.channels_per_group",
+}
+LARGEST = 2**53 - 1
+MOST = {"runtime.threads": 1024}
 PART = (0.0, 1.0, " from 0 to 1")
 NUMBERS = {
     "recipe.lr": (1e-300, 1e300, " above 0"),
@@ -178,8 +186,24 @@ def defaults(cfg: DictConfig) -> DictConfig:
     return composed(*(f"{group}={chosen[group]}" for group in groups))
 
 
-@cache
+def search_path(hydra: Any) -> list[str]:
+    """The override by which a command finds options outside of configs/, if it does."""
+    found = ", ".join(quoted(folder) for folder in hydra.searchpath)
+    return [f"hydra.searchpath=[{found}]"] if found else []
+
+
+def quoted(text: str) -> str:
+    """As Hydra reads it back."""
+    return '"' + text.replace('"', '\\"') + '"'
+
+
 def composed(*overrides: str) -> DictConfig:
+    """The configuration of other choices, found where this run's were."""
+    return _composed(*search_path(HydraConfig.get()), *overrides)
+
+
+@cache
+def _composed(*overrides: str) -> DictConfig:
     return compose("config", list(overrides))
 
 
@@ -205,13 +229,30 @@ def folder(cfg: DictConfig) -> Path:
     """Of a run: a pure function of its configuration. Raises `ValueError` for a name that would
     lead elsewhere."""
     for key in ("study", "name"):
-        name = str(cfg[key]).strip(". ")
-        if cfg[key] is not None and (not name or os.path.basename(name) != str(cfg[key])):
-            raise ValueError(f"{key}={cfg[key]}: expected the name of a folder, without slashes")
+        name = str(cfg[key])
+        rules = {
+            "not empty": name,
+            "without slashes": "/" not in name,
+            "without a dot or space at either end": name == name.strip(". "),
+            "without control characters": name.isprintable(),
+            "of at most 200 bytes": len(os.fsencode(name)) <= 200,
+        }
+        for rule, kept in rules.items():
+            if cfg[key] is not None and not kept:
+                name = name if name.isprintable() else repr(name)
+                raise ValueError(f"{key}={name}: expected the name of a folder, {rule}")
     path = Path(str(cfg.runtime.runs)) / str(cfg.study) / run_name(cfg)
     if (path / MOVED).exists():  # its data had another path when it began
         path = path.with_name((path / MOVED).read_text())
     return path
+
+
+def cannot_write(cfg: DictConfig, error: OSError) -> OSError:
+    """What is wrong with the folder of all studies."""
+    return OSError(
+        f"runtime.runs={cfg.runtime.runs}: cannot write {error.filename} ({error.strerror}); "
+        f"expected a folder that can be written"
+    )
 
 
 def check_precision(cfg: DictConfig, loss_scaling: bool) -> None:
@@ -230,8 +271,13 @@ def check_precision(cfg: DictConfig, loss_scaling: bool) -> None:
 
 
 def shown(value: Any) -> str:
-    """As it is typed."""
+    """As it is typed: in quotes what would be no text without them."""
     typed = {None: "null", True: "true", False: "false"}
+    if isinstance(value, str):
+        with suppress(ValueError):
+            float(value)
+            return repr(value)
+        return repr(value) if value in typed.values() else value
     return typed[value] if value is None or isinstance(value, bool) else str(value)
 
 
@@ -245,11 +291,22 @@ def check(cfg: DictConfig) -> None:
         raise ValueError("model.name=???: needs a value, such as model.name=resnet18")
     if cfg.recipe.epochs is None and cfg.recipe.updates is None:
         raise ValueError("recipe.epochs=null: expected a number, of epochs or recipe.updates")
+    for key, other in IN_PLACE_OF.items():
+        given = [o for o in HydraConfig.get().overrides.task if o.lstrip("+").startswith(f"{key}=")]
+        value, rules = (OmegaConf.select(cfg, name) for name in (key, other))
+        if given and None not in (value, rules) and not choices().get("debug"):
+            raise ValueError(
+                f"{key}={value}: has no effect beside {other}={rules}; expected {other}=null, or "
+                f"no {key}"
+            )
     if choices().get("debug"):
         groups.append("debug")
     base = flatten(composed(*(f"{group}={choices()[group]}" for group in groups)))
     own = flatten(cfg, resolve=True)
     for key in base.keys() - own.keys():
+        if any(name.startswith(f"{key}.") for name in own):
+            value = OmegaConf.to_container(OmegaConf.select(cfg, key))
+            raise ValueError(f"{key}={value}: expected a single value")
         raise ValueError(f"{key}: removed; a run needs it")
     for key, value in own.items():
         if key not in base:
@@ -260,16 +317,19 @@ def check(cfg: DictConfig) -> None:
         allowed = CHOICES.get(key, ())
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if key in COUNTS:
-            right = number and isinstance(value, int) and COUNTS[key] <= value < 2**53
+            most = MOST.get(key, LARGEST)
+            right = number and isinstance(value, int) and COUNTS[key] <= value <= most
             right = right or value in allowed
-            expected = ", ".join([f"a whole number from {COUNTS[key]}", *allowed])
+            above = f" to {most}" if number and value > most else ""
+            expected = ", ".join([f"a whole number from {COUNTS[key]}{above}", *allowed])
         elif isinstance(default, bool):
             right, expected = isinstance(value, bool), "true or false"
         elif key in NUMBERS or isinstance(default, int | float):
             low, high, bounds = NUMBERS.get(key, (-1e300, 1e300, ""))
             right, expected = number and low <= value <= high, f"a number{bounds}"
         else:
-            right = value is not None and (not allowed or shown(value) in allowed)
+            one = value is not None and isinstance(value, list) == isinstance(default, list)
+            right = one and (not allowed or shown(value) in allowed)
             expected = ", ".join(allowed) or "a text"
         if not right:
             raise ValueError(f"{key}={shown(value)}: expected {expected}")

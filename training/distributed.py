@@ -8,12 +8,16 @@ process's own. Only the first writes files and speaks. With one process nothing 
 from __future__ import annotations
 
 import os
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import wraps
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+
+from training.process import waiting_in_c
 
 if TYPE_CHECKING:  # torch is imported where it is used: --help asks for the rank, too
     from torch import Tensor, nn
@@ -25,16 +29,31 @@ store: Any = None  # what the processes leave for each other
 
 
 def size() -> int:
-    return int(os.environ.get("WORLD_SIZE", 1))
+    return int(os.environ.get("WORLD_SIZE") or 1)
 
 
 def rank() -> int:
-    return int(os.environ.get("RANK", 0))
+    return int(os.environ.get("RANK") or 0)
 
 
 def local_rank() -> int:
     """Among the processes on this machine."""
-    return int(os.environ.get("LOCAL_RANK", rank()))
+    return int(os.environ.get("LOCAL_RANK") or rank())
+
+
+def check_environment() -> None:
+    """Raise `ValueError` for variables that no starter of processes sets."""
+    hint = "; torchrun sets them all, and a single process needs none: env -u WORLD_SIZE -u RANK"
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT"):
+        value = os.environ.get(name) or "1"
+        if not value.isdecimal() or (name == "WORLD_SIZE" and int(value) < 1):
+            least = 1 if name == "WORLD_SIZE" else 0
+            raise ValueError(f"{name}={value}: expected a whole number from {least}{hint}")
+    if rank() >= size():
+        raise ValueError(f"RANK={rank()}: expected less than WORLD_SIZE={size()}{hint}")
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        if size() > 1 and not os.environ.get(name):
+            raise ValueError(f"WORLD_SIZE={size()}: needs {name} as well{hint}")
 
 
 def join(cfg: Any) -> None:
@@ -55,13 +74,28 @@ def join(cfg: Any) -> None:
     import torch
     import torch.distributed as dist
 
-    if not dist.is_initialized():
-        store, _, _ = next(dist.rendezvous("env://", timeout=PATIENCE))
-        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        named = dist.PrefixStore("run", store)
-        dist.init_process_group(
-            backend, store=named, rank=rank(), world_size=size(), timeout=PATIENCE
-        )
+    if dist.is_initialized():
+        return
+    where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    waits = f"process {rank()} of {size()} waits for the others at {where}, for {PATIENCE} at most"
+    telling = threading.Timer(5, print, [waits], {"file": sys.stderr, "flush": True})
+    telling.daemon = True
+    telling.start()
+    try:
+        with waiting_in_c():
+            store, _, _ = next(dist.rendezvous("env://", timeout=PATIENCE))
+            backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+            named = dist.PrefixStore("run", store)
+            dist.init_process_group(
+                backend, store=named, rank=rank(), world_size=size(), timeout=PATIENCE
+            )
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"WORLD_SIZE={size()}: the processes did not meet at {where} ({reason})"
+        ) from error
+    finally:
+        telling.cancel()
 
 
 def speaks() -> bool:

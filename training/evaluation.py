@@ -100,7 +100,7 @@ def measure(run: Path, overrides: list[str], folded: bool, averaged: bool) -> di
     model, scheme, state = trained(run, cfg, classes, channels, averaged)
     if folded:
         model = norms.fold(model)
-    devices.prepare(where, cfg.runtime.threads, state, say)
+    devices.prepare(where, cfg.runtime.threads, None, state, say)
     debug = own.get("debug")  # a run that looked at some images only
     loader = images.load(where, debug if same else None)
     pixels = result["pixels"] if result else None

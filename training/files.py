@@ -1,6 +1,7 @@
 """The files of runs: written whole or not at all, and checked when they are read."""
 
 import csv
+import fcntl
 import json
 import math
 import os
@@ -42,16 +43,20 @@ RENAMED = {  # keys of older results
 ACCURACIES = ("top1", "top5", "best_top1")
 
 
-def write(path: Path, content: str | bytes) -> None:
-    """All of the content or the file as it was, whenever the machine stops."""
+def write(path: Path, content: str | bytes, durable: bool = True) -> None:
+    """All of the content or the file as it was, whenever the machine stops; not `durable`: whenever
+    the process does. Raises `OSError` with the file's name."""
     data = content.encode() if isinstance(content, str) else content
     temporary = path.with_name(f"{path.name}.{uuid4().hex[:8]}.tmp")
     try:
         with open(temporary, "xb") as file:
             file.write(data)
             file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:  # of a full disk has no name
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -66,6 +71,14 @@ def damaged(path: Path, errors: type[Exception] | tuple[type[Exception], ...]) -
         raise ValueError(
             f"{path}: cannot be read ({problem}); overwrite=true starts again"
         ) from error
+
+
+@contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """Wait until no other process is in here with the same file, which stays."""
+    with open(path, "a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def read(path: Path, *keys: str) -> dict[str, Any]:

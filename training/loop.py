@@ -74,7 +74,8 @@ class Meter:
         for update, loss in enumerate(losses, now.update - len(losses) + 1):
             if not math.isfinite(loss) and not now.diverged:
                 now.diverged_at = update
-        now.loss += sum(losses)
+        for loss in losses:  # in any grouping the same sum
+            now.loss += loss
         now.correct += int(sum(corrects))
         self.pending.clear()
         seconds = self.lap()
@@ -121,16 +122,19 @@ def train(
     run.write_metrics(now.rows)
 
     def save() -> None:
+        if meter.pending:
+            meter.look()
         run.save(step.state_dict() | {"progress": asdict(now)})
-        checkpoints.written()
 
-    checkpoints = Checkpoints(cfg.checkpoint.every_updates, cfg.checkpoint.every_minutes)
+    checkpoints = Checkpoints(cfg.checkpoint.every_updates, cfg.checkpoint.every_minutes, save)
     with checkpoints, Board(runtime.progress, updates, now.update) as board:
-        while now.update < updates and not now.diverged:
-            epoch, first = divmod(now.update, per_epoch)
+        while len(now.rows) < epochs and not now.diverged:
+            epoch = len(now.rows)
+            first = now.update - epoch * per_epoch
             last = min(per_epoch, updates - epoch * per_epoch)  # the epoch's updates
             model.train()
-            for seen, (images, labels) in enumerate(loader.train(epoch, first), first + 1):
+            batches = checkpoints.interruptible(loader.train(epoch, first) if first < last else ())
+            for seen, (images, labels) in enumerate(batches, first + 1):
                 lr = learning_rate(now.update, updates, plan.lr, recipe)
                 step.try_compiler(images, labels)  # ahead of a probe, which is not to see it
                 with probe.watch(now.update) if probe else nullcontext():
@@ -140,20 +144,23 @@ def train(
                 pause = seen % runtime.log_every == 0 or seen == last
                 due = checkpoints.due(now.update, pause)
                 if pause or due:
-                    tensorboard.loss(now.update, meter.look())
+                    loss = meter.look()
+                    if pause:
+                        tensorboard.loss(now.update, loss)
                     board.update(epoch + 1, now, seen, plan.sgd_batch)
                     run.tell(now.update, updates, now.wall_seconds)
                 if now.diverged or seen == last:
                     break
                 if due:
                     save()
+                    checkpoints.written()
             if now.diverged:
                 break
 
             row = {
                 "epoch": epoch + 1,
                 "update": now.update,
-                "learning_rate": lr,
+                "learning_rate": learning_rate(now.update - 1, updates, plan.lr, recipe),
                 "train_loss": now.loss / last,
                 "train_top1": 100 * now.correct / (last * plan.sgd_batch),
                 **dict.fromkeys(("test_loss", "test_top1", "test_top5"), ""),
@@ -162,7 +169,8 @@ def train(
             if (epoch + 1) % recipe.eval_every == 0 or now.update == updates:
                 rule = cfg.protocol.running_statistics
                 with step.autocast, distributed.evaluated(step.evaluated, rule):
-                    row |= evaluate(step.evaluated, loader.test(runtime.eval_batch))
+                    batches = checkpoints.interruptible(loader.test(runtime.eval_batch))
+                    row |= evaluate(step.evaluated, batches)
                 if not math.isfinite(row["test_loss"]):
                     now.diverged_at = now.update
                     break
@@ -172,8 +180,9 @@ def train(
             now.loss, now.correct, now.epoch_seconds = 0.0, 0, 0.0
             run.write_metrics(now.rows)
             tensorboard.epoch(row)
-            board.epoch(row, epochs)
             save()
+            board.epoch(row, epochs)
+            checkpoints.written()
     now.compiled = step.choice
     now.graph = bool(step.recorded and step.recorded.replay)
     if now.diverged:

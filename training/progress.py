@@ -4,17 +4,24 @@ import sys
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 
 from training.distributed import on_first, rank
 
-console = Console(highlight=False, soft_wrap=True)
+# Names of studies and files are shown as they are, be there [brackets] or :colons: in them.
+console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
+
+
+def columns(*formats: str) -> list[ProgressColumn]:
+    """Of a bar: a task's name, how far it is, what the `formats` say of it, the time left."""
+    texts = [TextColumn(text, markup=False) for text in ("{task.description}", *formats)]
+    return [texts[0], BarColumn(), *texts[1:], TimeRemainingColumn()]
 
 
 @on_first
 def say(text: str) -> None:
     """One line, above the bar if there is one."""
-    console.print(text, markup=False)
+    console.print(text)
     sys.stdout.flush()
 
 
@@ -28,10 +35,7 @@ class Board:
             style = "bar" if console.is_terminal else "lines"
         self.style = style
         self.bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TextColumn("{task.completed}/{task.total} updates {task.fields[text]}"),
-            TimeRemainingColumn(),
+            *columns("{task.completed}/{task.total} updates {task.fields[text]}"),
             console=console,
             transient=True,
             disable=style != "bar",

@@ -22,6 +22,7 @@ import shutil
 import time
 import zipfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +31,11 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from training import dataset, distributed
-from training.config import folder, identity, read_config
+from training.config import cannot_write, folder, identity, read_config
 from training.files import read_result, write
 
 Say = Callable[[str], None]
+CHECKPOINT = {"model", "optimizer", "scaler", "progress", "rng", "threads", "compiled"}
 COLUMNS = (  # of metrics.csv; accuracies in %
     *("epoch", "update", "learning_rate", "train_loss", "train_top1"),
     *("test_loss", "test_top1", "test_top5", "images_per_second", "seconds"),
@@ -82,6 +84,9 @@ class Run:
         configuration or other data, and `OSError` if it cannot be written."""
         self.folder = distributed.shared(dataset.locate)(folder(cfg), cfg, listing)
         self.say = say
+        self.overwrite = cfg.overwrite
+        self.saved: int | None = None
+        """The update of the last checkpoint."""
         self._told = 0.0
         self.open(cfg, listing)
 
@@ -92,18 +97,16 @@ class Run:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock = open(self.folder / ".lock", "a+")  # noqa: SIM115
         except OSError as error:
-            raise OSError(
-                f"runtime.runs={cfg.runtime.runs}: cannot write {self.folder} "
-                f"({error.strerror}); expected a folder that can be written"
-            ) from error
+            raise cannot_write(cfg, error) from error
         try:
             self.lock()
             if cfg.overwrite:
                 self.clear()
             self.check_config(cfg)
             self.check_data(cfg, listing)
-            for name in ("error.txt", "progress.json", "*.tmp"):  # of an earlier attempt
-                for file in self.folder.glob(name):
+            # Of an earlier attempt, and what it was writing when it was killed.
+            for pattern in ("error.txt", "progress.json", "*.tmp", ".hydra/*.tmp"):
+                for file in self.folder.glob(pattern):
                     file.unlink(missing_ok=True)
         except BaseException:
             self._lock.close()
@@ -113,8 +116,17 @@ class Run:
         return self
 
     @distributed.on_first
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self._lock.close()
+        if isinstance(error, KeyboardInterrupt):
+            error.add_note(
+                "nothing is trained yet; the same command starts again"
+                if self.saved is None
+                else f"the same command goes on from here, after update {self.saved}"
+                if not self.overwrite
+                else f"the same command starts again, without overwrite=true after {self.saved} "
+                "updates"
+            )
 
     def lock(self) -> None:
         """Tries for two seconds: a process that was just killed may be about to let go, and one
@@ -128,14 +140,8 @@ class Run:
 
     def clear(self) -> None:
         """Delete what a run writes, and nothing else."""
-        for pattern in (
-            "result.json",
-            "metrics.csv",
-            "*.pt",
-            "events.out.tfevents.*",
-            "*.tmp",
-            dataset.FILE,
-        ):
+        kept = ("result.json", "metrics.csv", "*.pt", "events.out.tfevents.*", dataset.FILE)
+        for pattern in kept:
             for file in self.folder.glob(pattern):
                 file.unlink()
         shutil.rmtree(self.folder / ".hydra", ignore_errors=True)
@@ -181,14 +187,13 @@ class Run:
 
     @distributed.on_first
     def tell(self, update: int, updates: int, seconds: float) -> None:
-        """How far the run is, for whoever watches: once a second at most, and not waiting for the
-        disk."""
+        """How far the run is, for whoever watches: once a second at most, not waiting for the disk,
+        and not worth a run if that is full."""
         if time.monotonic() - self._told > 1:
             self._told = time.monotonic()
             told = {"update": update, "updates": updates, "seconds": seconds, "pid": os.getpid()}
-            temporary = self.folder / "progress.json.tmp"
-            temporary.write_text(json.dumps(told))
-            temporary.replace(self.folder / "progress.json")
+            with suppress(OSError):
+                write(self.folder / "progress.json", json.dumps(told), durable=False)
 
     @distributed.on_first
     def write_metrics(self, rows: list[dict[str, Any]]) -> None:
@@ -209,6 +214,7 @@ class Run:
         if last.exists():
             os.replace(last, self.folder / "previous.pt")
         write(last, buffer.getvalue())
+        self.saved = state["progress"]["update"]
 
     @distributed.shared
     def load(self) -> dict[str, Any] | None:
@@ -218,15 +224,8 @@ class Run:
         for i, file in enumerate(files, 1):
             try:
                 state = torch.load(file, map_location="cpu", weights_only=True)
-                if set(state) >= {
-                    "model",
-                    "optimizer",
-                    "scaler",
-                    "progress",
-                    "rng",
-                    "threads",
-                    "compiled",
-                }:
+                if set(state) >= CHECKPOINT:
+                    self.saved = state["progress"]["update"]
                     return state
                 raise EOFError
             except (

@@ -16,8 +16,9 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, open_dict
 
+from training.cli import MISTAKES, explain
 from training.config import check, folder
-from training.files import read_progress, read_result, write
+from training.files import alone, read_progress, read_result, write
 
 COMMANDS = "commands.txt"  # in a study's folder, a line each
 PLAIN = re.compile(r"(batch|seed)=\d+")
@@ -44,9 +45,13 @@ def composing() -> Iterator[None]:
 
 def jobs(overrides: list[str]) -> list[list[str]]:
     """The overrides of every run of `train.py -m OVERRIDES`: sweeps taken apart, those that an
-    experiment brings among them. Keys of Hydra's own are left out."""
+    experiment brings among them. Of Hydra's own keys the search path remains."""
     parser = OverridesParser.create()
-    given = [o for o in parser.parse_overrides(overrides) if not o.key_or_group.startswith("hydra")]
+    given = [
+        o
+        for o in parser.parse_overrides(overrides)
+        if o.key_or_group == "hydra.searchpath" or not o.key_or_group.startswith("hydra")
+    ]
     fixed = [str(o.input_line) for o in given if not o.is_sweep_override()]
     with composing():
         params = composed(*fixed)[1].hydra.sweeper.get("params") or {}
@@ -91,15 +96,34 @@ def cells(jobs: list[list[str]], checked: bool = False) -> list[Cell]:
 def record(overrides: list[str]) -> list[Path]:
     """Note a command in the folder of its study, or of each of them, for `scripts/study.py`;
     returns the folders of its runs."""
-    line = shlex.join(overrides) + "\n"
+    line = shlex.join(overrides)
     folders = [cell.folder for cell in cells(jobs(overrides))]
     for study in {run.parent for run in folders}:
+        study.mkdir(parents=True, exist_ok=True)
         file = study / COMMANDS
-        lines = file.read_text().splitlines(keepends=True) if file.exists() else []
-        if line not in lines:
-            study.mkdir(parents=True, exist_ok=True)
-            write(file, "".join([*lines, line]))
+        with alone(study / ".commands.lock"):
+            lines = file.read_text().splitlines() if file.exists() else []
+            if line not in lines:
+                write(file, "".join(f"{line}\n" for line in [*lines, line]))
     return folders
+
+
+def asked(study: Path) -> tuple[list[Cell], list[str]]:
+    """The runs that a study's commands ask for, and a line for each command that can no longer be
+    composed. A folder that none of a command's runs are in was renamed or copied since."""
+    found: dict[str, Cell] = {}
+    problems = []
+    file = study / COMMANDS
+    for line in file.read_text(errors="replace").splitlines() if file.exists() else ():
+        try:
+            runs = cells(jobs(shlex.split(line)))
+        except MISTAKES as error:
+            problems.append(f"{file}: {line}: {explain(error)}")
+            continue
+        for cell in [run for run in runs if run.folder.parent.name == study.name] or runs:
+            cell.folder = study / cell.folder.name
+            found.setdefault(cell.folder.name, cell)
+    return list(found.values()), problems
 
 
 @dataclass

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,7 +22,7 @@ import training.progress
 from hydra_plugins.launcher_defaults import options
 from hydra_plugins.pool_launcher import PoolLauncher
 from training import cli
-from training.study import cells, jobs, state
+from training.study import asked, cells, jobs, state
 
 ROOT = Path(__file__).parent.parent.parent
 SMALL = ["recipe.epochs=2", "data.train_fraction=0.2", "runtime.threads=1", "study=s"]
@@ -140,7 +141,8 @@ def test_pool_survives_the_death_of_its_launcher_and_of_a_worker(basic, tmp_path
     assert len((tmp_path / "s" / "commands.txt").read_text().splitlines()) == 1
 
 
-def test_pool_keeps_failures_apart_and_stops_at_control_c(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP, signal.SIGTERM])
+def test_pool_keeps_failures_apart_and_stops_at_a_signal(tmp_path, number):
     command = [*POOL, "norm=gn", "batch=999999,4", "recipe.epochs=2000"]
     launcher = start(tmp_path, *command)
     folders = [cell.folder.name for cell in cells(jobs([*SMALL, *command]))]
@@ -148,15 +150,46 @@ def test_pool_keeps_failures_apart_and_stops_at_control_c(tmp_path):
     until(lambda: (going / "progress.json").exists(), launcher)
     until(lambda: state(tmp_path / "s" / folders[0]).name == "failed", launcher)
     pid = json.loads((going / "progress.json").read_text())["pid"]
-    launcher.send_signal(signal.SIGINT)
-    status, _, err = finish(launcher)
-    assert status == 130
+    launcher.send_signal(number)
+    status, out, err = finish(launcher)
+    assert status == 128 + number
     assert "larger than the data set" in err
-    assert err.strip().splitlines()[-1] == "interrupted; the same command goes on from here"
+    last = "interrupted; the same command goes on with these runs, as said of each"
+    assert err.strip().splitlines()[-1] == last
     assert "Traceback" not in err
     assert not Path(f"/proc/{pid}").exists()
     assert state(going).name == "interrupted"
-    assert "interrupted; the same command goes on" in (going / "log.txt").read_text()
+    done = torch.load(going / "last.pt", weights_only=True)["progress"]["update"]
+    said = f"interrupted; the same command goes on from here, after update {done}"
+    assert said == (going / "log.txt").read_text().splitlines()[-1]
+    assert f"{going}: {said}" in out
+
+
+def test_options_of_another_folder_reach_every_process(tmp_path):
+    """And the board, from wherever it is looked at; a folder of the plug-ins' name hides none."""
+    (tmp_path / "mine" / "norm").mkdir(parents=True)
+    shutil.copy(ROOT / "configs" / "norm" / "bn.yaml", tmp_path / "mine" / "norm" / "my bn.yaml")
+    (tmp_path / "other" / "hydra_plugins").mkdir(parents=True)
+    (tmp_path / "other" / "hydra_plugins" / "__init__.py").touch()
+    environment = os.environ | {"PYTHONPATH": str(tmp_path / "other")}
+    for name, given in (
+        ("pool", ["--config-dir", "mine", "hydra/launcher=pool"]),
+        ("basic", ["hydra.searchpath=[file://mine]"]),
+    ):
+        command = [sys.executable, str(ROOT / "train.py"), *given, "norm=my bn,gn", "-m"]
+        command += ["runtime.runs=runs", "runtime.threads=1", "recipe.updates=2", f"study={name}"]
+        made = subprocess.run(
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
+        assert made.returncode == 0, made.stderr
+        assert not made.stderr
+        study = tmp_path / "runs" / name
+        runs, problems = asked(study)
+        assert not problems
+        assert sorted(run.folder for run in runs) == sorted(
+            result.parent for result in study.glob("*/result.json")
+        )
+        assert len(runs) == 2
 
 
 FAKE = """
@@ -180,7 +213,7 @@ def test_pool_queues_runs_for_gpus(tmp_path, monkeypatch, terminal):
     monkeypatch.setattr(hydra_plugins.pool_launcher, "console", console)
     monkeypatch.setattr(cli.Report, "failures", 0)
     with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-        config = compose("config")
+        config = compose("config", return_hydra_config=True)
         launcher = PoolLauncher(gpus=[5, 7], runs_per_gpu=2, threads=3)
         launcher.setup(hydra_context=None, task_function=test_every_launcher, config=config)
         assert launcher.places() == ["5", "7", "5", "7"]

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from scripts.study import asked, board, duration, summary
 from training.study import COMMANDS, State, cells, jobs, state
+from training.study import asked as asked_for
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -122,6 +123,36 @@ def test_a_run_that_another_process_trains_is_not_a_failure_of_a_sweep(train):
     assert "another process is training this run, skipped" in swept.out
     assert not (folder / "error.txt").exists()
     assert not (folder / "result.json").exists()
+
+
+def test_commands_that_are_noted_at_once_are_all_kept(tmp_path):
+    code = (
+        "import sys; from training.study import record\n"
+        "study = ['study=s', f'runtime.runs={sys.argv[2]}']\n"
+        "for i in range(4): record([f'seed={sys.argv[1]}{i}', *study])"
+    )
+    command = [sys.executable, "-c", code]
+    writers = [subprocess.Popen([*command, str(i), str(tmp_path)], cwd=ROOT) for i in range(1, 5)]
+    assert [writer.wait() for writer in writers] == [0] * 4
+    lines = (tmp_path / "s" / COMMANDS).read_text().splitlines()
+    assert sorted(line.split()[0] for line in lines) == sorted(
+        f"seed={i}{j}" for i in range(1, 5) for j in range(4)
+    )
+
+
+def test_a_renamed_study_and_a_command_of_the_past(train, capfd):
+    done = train("-m", "norm=gn", "batch=4,8", "recipe.updates=1", "study=before")
+    study = (done.runs / "before").rename(done.runs / "after")
+    with open(study / COMMANDS, "a") as file:
+        file.write("norm=gone seed=0\nnorm='\n")
+    runs, problems = asked_for(study)
+    assert sorted(run.folder for run in runs) == sorted(study.glob("gn-*"))
+    assert [problem.split(": ")[1:3] for problem in problems] == [
+        ["norm=gone seed=0", "norm=gone"],
+        ["norm='", "No closing quotation"],
+    ]
+    assert "2 runs: 2 finished" in screen(study)[0]
+    assert capfd.readouterr().err.count("error: ") == 2
 
 
 def test_two_processes_that_meet_on_one_run(tmp_path):

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -150,7 +151,7 @@ def test_a_lost_process_ends_the_run_and_the_same_command_goes_on(tmp_path):
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=100)
     assert process.returncode != 0
-    assert "interrupted; the same command goes on from here" in err
+    assert "interrupted; the same command goes on from here, after update" in err
 
     status, out, err = run(2, runs, *command)
     assert status == 0, err
@@ -176,6 +177,60 @@ def test_mistakes_are_told_once(tmp_path):
     said = [line for line in err.splitlines() if line.startswith("error: ")]
     assert len(said) == 1, err
     assert "protocol.sgd_batch=31: expected a multiple of batch=32 times 2 devices" in said[0]
+
+
+PARTNERS = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+
+
+@pytest.mark.parametrize(
+    ("variables", "told"),
+    [
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE=two: expected a whole number from 1; torchrun sets"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE=0: expected a whole number from 1"),
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2: needs RANK as well"),
+        ({"RANK": "1"}, "RANK=1: expected less than WORLD_SIZE=1"),
+        (PARTNERS | {"RANK": "2"}, "RANK=2: expected less than WORLD_SIZE=2"),
+        (PARTNERS | {"MASTER_ADDR": ""}, "WORLD_SIZE=2: needs MASTER_ADDR as well"),
+        (PARTNERS | {"MASTER_PORT": "http"}, "MASTER_PORT=http: expected a whole number from 0"),
+    ],
+)
+def test_variables_that_nobody_sets(train, monkeypatch, variables, told):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    refused = train("norm=gn")
+    assert refused.status == 2
+    assert refused.err.startswith(f"error: {told}")
+    assert len(refused.err.splitlines()) == 1
+
+
+def test_an_empty_variable_is_none(monkeypatch):
+    for name in PARTNERS:
+        monkeypatch.setenv(name, "")
+    distributed.check_environment()
+    assert (distributed.size(), distributed.rank(), distributed.local_rank()) == (1, 0, 0)
+
+
+def test_a_process_says_for_whom_it_waits(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    command = [sys.executable, str(ROOT / "train.py"), f"runtime.runs={tmp_path}"]
+    environment = os.environ | PARTNERS | {"MASTER_PORT": port}
+    waiting = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    line = waiting.stderr.readline()
+    waiting.terminate()
+    waiting.communicate()
+    assert line.startswith(f"process 0 of 2 waits for the others at 127.0.0.1:{port}, for 0:30:00")
+    assert waiting.returncode == -signal.SIGTERM
+
+
+def test_launchers_are_not_for_torchrun(train, monkeypatch):
+    for name, value in PARTNERS.items():
+        monkeypatch.setenv(name, value)
+    refused = train("-m", "hydra/launcher=pool", "seed=0,1")
+    assert refused.status == 1
+    assert refused.err.startswith("error: hydra/launcher=pool: 2 processes were started for each")
+    assert not refused.runs.exists()
 
 
 def test_submitit_starts_the_processes_of_a_run(tmp_path):
