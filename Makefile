@@ -15,6 +15,7 @@ setup: .venv/done
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "error: Python 3.11 or newer is needed, and $(PYTHON) is older; make PYTHON=python3.12"; exit 1; }
 	$(PYTHON) -m venv .venv
+	@rm -rf build  # of an earlier installation, whose files would be installed too
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt '.[dev]'
 	@rm -rf build smallbatch.egg-info
 	@touch $@
