@@ -2,7 +2,7 @@
 `layers` of gpu_session.sh.
 
 At the shapes of ResNet-50's norms, float32 and under bfloat16 autocast, contiguous and
-channels-last, every layer of benchmarks/layers.py, eager and compiled; and the standardized
+channels-last, every layer of benchmarks/layers.py, at three shapes compiled too; and standardized
 convolutions at one output position, where the weights are nearly all there is to compute.
 
 Calls are recorded as a CUDA graph, `REPEAT` in a row, so that launches do not count. The bytes are
@@ -24,6 +24,7 @@ from benchmarks.step import compare
 from benchmarks.worker import CONVS, FORMATS, NORMS, Layer
 
 REPEAT = 10
+COMPILED = [(64, 56), (256, 14), (512, 7)]  # shapes of compiled layers, each of which takes seconds
 Call = Callable[[], Any]
 
 
@@ -54,7 +55,8 @@ def copy(where: torch.device, size: int, rounds: int) -> dict[str, Any]:
     b = torch.empty_like(a)
     makers = {"copy": lambda: recorded(lambda: b.copy_(a), where)}
     row = compare(makers, where, rounds, 0.0)["copy"]
-    return row | {"bytes_per_second": round(2 * size * REPEAT / row["ms"] * 1000)}
+    speed = 2 * size * REPEAT / row["ms"] * 1000
+    return row | {"bytes_per_second": speed, "told": f"{speed / 1e12:.2f} TB/s read and written"}
 
 
 def layers_at(
@@ -71,51 +73,37 @@ def layers_at(
         for way in ways
         if way == "eager" or not name.startswith(LIBRARY)
     }
-    rows = compare(makers, where, rounds, 0.0)
+    rows, told = compare(makers, where, rounds, 0.0), []
     for name, row in rows.items():
+        said = f"{name} {row['speed']:.2f}" if "speed" in row else f"{name} failed"
         if "ms" in row and what == "norm":
             passes = (4 if "estimated" in name else 5) + 3
-            row["bytes"] = torch.Size(shape).numel() * passes * (2 if how["half"] else 4)
-            row["bytes_per_second"] = round(row["bytes"] * REPEAT / row["ms"] * 1000)
-    return {"layers": rows}
+            bytes_ = torch.Size(shape).numel() * passes * (2 if how["half"] else 4)
+            row["bytes_per_second"] = round(bytes_ * REPEAT / row["ms"] * 1000)
+            said += f" ({row['bytes_per_second'] / 1e12:.2f} TB/s)"
+        told.append(said)
+    return {"layers": rows, "told": "speed to the first: " + ", ".join(told)}
 
 
 def cells(session: Session) -> dict[str, Measure]:
-    where = torch.device(session.device)
-    torch._dynamo.config.recompile_limit = 10**4
-    rounds, ways = (2, ("eager",)) if session.tiny else (15, ("eager", "layers"))
-    shapes = [(64, 4)] if session.tiny else list(SHAPES)
-    weights = [(8, 8, 3)] if session.tiny else WEIGHTS
-    found: dict[str, Measure] = {
-        "copy": partial(copy, where, 2**20 if session.tiny else 2**31, rounds)
-    }
+    where, tiny = torch.device(session.device), session.tiny
+    rounds = 2 if tiny else 15
+    weights = [(8, 8, 3)] if tiny else WEIGHTS
+    found: dict[str, Measure] = {"copy": partial(copy, where, 2**20 if tiny else 2**31, rounds)}
 
-    def add(key: str, what: str, shape: list[int], **how: Any) -> None:
+    def add(key: str, what: str, shape: list[int], compiled: bool, **how: Any) -> None:
+        ways = ("eager", "layers") if compiled and not tiny else ("eager",)
         for format in FORMATS:
             cell = partial(layers_at, what, shape, ways, rounds, where, format=format, **how)
             found[f"{key} {format}"] = cell
 
-    for images in (2,) if session.tiny else (32, 2):
-        for half in (False, True):
-            for channels, side in shapes:
-                shape = [images, channels, side, side]
-                key = f"{'x'.join(map(str, shape))} {'bfloat16' if half else 'float32'}"
-                add(key, "norm", shape, batch=images, half=half)
+    for compiled, shapes in ((True, COMPILED), (False, set(SHAPES) - set(COMPILED))):
+        for images in (2,) if tiny else (32, 2):
+            for half in (False, True):
+                for channels, side in [(64, 4)] if tiny else sorted(shapes):
+                    shape = [images, channels, side, side]
+                    key = f"{'x'.join(map(str, shape))} {'bfloat16' if half else 'float32'}"
+                    add(key, "norm", shape, compiled, batch=images, half=half)
     for cin, cout, kernel in weights:
-        add(f"weights {cin} to {cout}, {kernel}x{kernel}", "conv", [cin, cout, kernel])
+        add(f"weights {cin} to {cout}, {kernel}x{kernel}", "conv", [cin, cout, kernel], True)
     return found
-
-
-def table(result: dict[str, Any]) -> list[str]:
-    """Speed as a multiple of `nn.BatchNorm2d`'s or `nn.Conv2d`'s, eager and compiled, and the bytes
-    over the time as a part of what a copy reaches."""
-    copied = result["cells"].get("copy", {}).get("bytes_per_second")
-    lines = [f"copy: {copied / 1e12:.3f} TB/s read and written"] if copied else []
-    for key, cell in result["cells"].items():
-        said = []
-        for name, row in cell.get("layers", {}).items():
-            share = row.get("bytes_per_second", 0) / copied if copied else 0
-            told = f"{row['speed']:.2f}" if "speed" in row else "failed"
-            said.append(f"{name} {told}" + (f" ({share:.2f} of a copy)" if share else ""))
-        lines += [f"{key}: {'; '.join(said)}"] if said else []
-    return lines

@@ -4,10 +4,10 @@ what is already there.
     python3 -m benchmarks.gpu PART --seconds 540 [--tiny]
     python3 -m benchmarks.gpu --show PART…          # the tables of what is there
 
-A part is a module with `cells(session)`, names and what measures them, most interesting first, and
-`table(result)`, the lines to be printed. PART.json is written after every cell. A cell that fails
-is one line in it, and is tried again by the next call; one that is stopped by the limit is not in
-it. `--tiny` rehearses on the CPU with the smallest sizes.
+A part is a module with `cells(session)`, names and what measures them, most interesting first; a
+cell has what is printed of it as `told`, or the module says it in `table(result)`. PART.json is
+written after every cell. A cell that fails is one line in it, and is tried again by the next call;
+one that is stopped by the limit is not in it. `--tiny` rehearses on the CPU.
 """
 
 import argparse
@@ -19,7 +19,7 @@ import signal
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
@@ -160,19 +160,9 @@ def answers(device: str) -> bool:
 
 def versions(device: str) -> dict[str, Any]:
     found = harness.machine(torch.device(device)) | {"cores": len(os.sched_getaffinity(0))}
-    if device == "cuda":
-        driver = Path("/proc/driver/nvidia/version")
-        text = driver.read_text() if driver.exists() else ""
-        said = re.search(r"Kernel Module.*?(\d+\.\d+[.\d]*)", text)
-        found |= {"driver": said[1] if said else None, "cuda": torch.version.cuda}
-        found |= {"cudnn": torch.backends.cudnn.version()}
-        found |= {"tf32_convolutions": torch.backends.cudnn.allow_tf32}
-    for name in ("torchvision", "timm", "triton", "hydra-core"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = None
-    return found
+    found |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
+    there = {d.name: d.version for d in distributions()}
+    return found | {n: there.get(n) for n in ("torchvision", "timm", "triton", "hydra-core")}
 
 
 def folder(tiny: bool) -> Path:
@@ -186,16 +176,15 @@ def folder(tiny: bool) -> Path:
 
 
 def show(part: str, out: Path) -> None:
-    file = out / f"{part}.json"
+    file, module = out / f"{part}.json", importlib.import_module(f"benchmarks.{PARTS[part]}")
+    print(f"\n{part}: {file if file.exists() else 'nothing yet'}")
     if not file.exists():
-        print(f"\n{part}: nothing yet")
         return
     result = json.loads(file.read_text())
-    print(f"\n{part}: {file}")
-    print("\n".join(importlib.import_module(f"benchmarks.{PARTS[part]}").table(result)))
+    lines = module.table(result) if hasattr(module, "table") else []
     for key, cell in result["cells"].items():
-        if "error" in cell:
-            print(f"{key}: {cell['error']}")
+        lines += [f"{key}: {cell[name]}" for name in ("told", "error") if name in cell]
+    print("\n".join(lines))
 
 
 def main() -> None:

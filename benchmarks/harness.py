@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,6 +28,7 @@ from training.files import write
 ROOT = Path(__file__).resolve().parent.parent
 MARKS = ("<!-- measured -->\n", "<!-- /measured -->\n")  # around the tables in README.md
 Key = TypeVar("Key", bound=Hashable)
+Words = TypeVar("Words", bound=tuple[str, ...])
 say = partial(print, flush=True)
 
 
@@ -102,6 +104,28 @@ class Worker:
 
     def timer(self, key: str, span: float) -> Callable[[], float]:
         return lambda: self.ask(time=key, span=span)
+
+
+def measure(
+    cases: Mapping[tuple[str, Path], Mapping[Words, dict[str, Any]]],
+    rounds: int,
+    threads: int,
+    span: float = 0.0,
+    kept: bool = False,
+) -> tuple[dict[Words, list[float]], dict[Words, int]]:
+    """Milliseconds of every case in every round, and the bytes it keeps where `kept`. Cases under
+    one key are measured in one process, on the code of the folder in it."""
+    timers: dict[Words, Callable[[], float]] = {}
+    held: dict[Words, int] = {}
+    with ExitStack() as stack:
+        for (_, folder), own in cases.items():
+            worker = stack.enter_context(Worker(folder, threads))
+            for key, case in own.items():
+                name = ", ".join(key)
+                say(f"{name}: {worker.make(name, **case):.1f} s for the first call")
+                timers[key] = worker.timer(name, span)
+                held |= {key: worker.ask(kept=name)} if kept else {}
+        return interleave(timers, rounds), held
 
 
 def compile_seconds(threads: int = 1, **case: Any) -> dict[str, float]:

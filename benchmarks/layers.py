@@ -18,14 +18,13 @@ forward pass saves for the backward one, the input included, as multiples of the
 
 import argparse
 from collections.abc import Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks import harness
-from benchmarks.harness import Worker, say
+from benchmarks.harness import say
 from benchmarks.worker import CONVS, FORMATS, NORMS
 
 # Channels and side of the maps of ResNet-50's norms at 224 pixels, and how many there are of each.
@@ -36,39 +35,36 @@ SHAPES = {
 GHOST = (64, 16, 32, 32)
 WEIGHTS = [(1024, 256, 1), (256, 256, 3), (512, 512, 3)]  # channels in and out, kernel
 LIBRARY = ("nn.", "timm")  # how names begin that are not ours
+Case = tuple[str, str, str]  # layer, way (eager, layers: compiled, before), memory format
 
 
 def compare(what: str, shape: Sequence[int], args: argparse.Namespace) -> list[dict[str, Any]]:
-    """A row for every layer, way and memory format; in a process of its own, where no other shape
+    """A row for every layer, way and memory format; in processes of their own, where no other shape
     has left compiled code that would be looked through."""
     base = "nn.BatchNorm2d" if what == "norm" else "nn.Conv2d"
-    common: Any = {"what": what, "shape": shape, "batch": args.images}
-    rows, timers = [], {}
-    with ExitStack() as stack:
-        now = stack.enter_context(Worker(threads=args.threads))
-        old = args.before and stack.enter_context(Worker(args.before, args.threads))
-        for name in dict.fromkeys((base, *chosen(what, args))):
-            ours = not name.startswith(LIBRARY)
-            ways = {"eager": now} | ({"layers": now} if ours and not args.eager else {})
-            ways |= {"before": old} if ours and old else {}
-            for way, worker in ways.items():
-                for format in FORMATS:
-                    key = f"{name}, {way}, {format}"
-                    how = {"before": "eager"}.get(way, way)
-                    worker.make(key, name=name, way=how, format=format, **common)
-                    row: dict[str, Any] = {"key": key, "layer": name, "way": way, "format": format}
-                    if what == "norm":
-                        bytes_ = 4 * torch.Size(shape).numel()
-                        row["kept"] = round(worker.ask(kept=key) / bytes_, 3)
-                    rows.append(row)
-                    timers[key] = worker.timer(key, args.span)
-        times = harness.interleave(timers, args.rounds, quiet=True)
-    for row in rows:
-        own = times[row.pop("key")]
-        row |= harness.spread(own, "ms")
-        row |= harness.ratio(own, times[f"{base}, eager, {row['format']}"])
-    say(f"{what} at {'x'.join(map(str, shape))}: {args.rounds} rounds")
-    return rows
+    cases: dict[Any, dict[Case, dict[str, Any]]] = {}
+    order: list[Case] = []
+    for name in dict.fromkeys((base, *chosen(what, args))):
+        ours = not name.startswith(LIBRARY)
+        ways = {"eager": harness.ROOT} | (
+            {"layers": harness.ROOT} if ours and not args.eager else {}
+        )
+        ways |= {"before": args.before} if ours and args.before else {}
+        for key in ((name, way, format) for way in ways for format in FORMATS):
+            how = {"way": "layers" if key[1] == "layers" else "eager", "batch": args.images}
+            case = dict(what=what, name=name, shape=shape, format=key[2], **how)
+            cases.setdefault(("", ways[key[1]]), {})[key] = case
+            order.append(key)
+    span = 0.0 if args.quick else 0.01
+    times, kept = harness.measure(cases, args.rounds, args.threads, span, what == "norm")
+    size = 4 * torch.Size(shape).numel()
+    return [
+        dict(zip(("layer", "way", "format"), key, strict=True))
+        | harness.spread(times[key], "ms")
+        | harness.ratio(times[key], times[base, "eager", key[2]])
+        | ({"kept": round(kept[key] / size, 3)} if kept else {})
+        for key in order
+    ]
 
 
 def chosen(what: str, args: argparse.Namespace) -> list[str]:

@@ -126,35 +126,29 @@ def passed(batches: Callable[[int], int], epochs: Iterator[int]) -> dict[str, fl
 
 def summary(rates: dict[str, dict[str, Any]], names: Iterable[str]) -> list[dict[str, Any]]:
     """Of the rounds; ours as a ratio to each."""
+    ours = rates[OURS]["core"]
     return [
-        {"loader": name}
-        | harness.spread(rates[name]["core"], "images_per_core_second")
-        | harness.spread(1000 / rates[name]["core"], "ms_per_image")
+        {"loader": name, **harness.spread(rates[name]["core"], "images_per_core_second")}
         | harness.spread(rates[name]["wall"], "images_per_second")
-        | harness.ratio(rates[OURS]["core"], rates[name]["core"], "smallbatch_to_this")
+        | harness.ratio(ours, rates[name]["core"], "smallbatch_to_this")
         for name in names
     ]
 
 
 def tables(result: dict[str, Any]) -> list[str]:
-    rows = [
-        [
-            row["loader"],
-            harness.within(row, "images_per_core_second", 0),
-            harness.within(row, "smallbatch_to_this"),
-            f"{row['images_per_second']:.0f}",
-        ]
-        for row in result["rows"]
-    ]
-    heads = ["loader", "images/s of a core", "`smallbatch` to it", "images/s by the wall clock"]
+    heads = {
+        "images_per_core_second": "images/s of a core",
+        "smallbatch_to_this": "`smallbatch` to it",
+        "images_per_second": "images/s by the wall clock",
+    }
+    rows = [[r["loader"], *(harness.within(r, key, 1) for key in heads)] for r in result["rows"]]
     before = [0.0, *result["parts"].values()]
-    parts = [
-        [name, took, took - less]
-        for (name, took), less in zip(result["parts"].items(), before, strict=False)
-    ]
+    took = zip(result["parts"].items(), before, strict=False)
+    parts = [[name, here, here - less] for (name, here), less in took]
+    title = "`smallbatch`, ms of a core for an image"
     return [
-        harness.table(heads, rows),
-        harness.table(["`smallbatch`, ms of a core for an image", "to here", "more"], parts),
+        harness.table(["loader", *heads.values()], rows),
+        harness.table([title, "to here", "more"], parts),
     ]
 
 
@@ -193,10 +187,11 @@ def measure(args: argparse.Namespace, root: Path) -> None:
     }
     passes = {name: whole(batches) for name, batches in peers.items()} | parts
     timers = {name: partial(passed, whole, itertools.count()) for name, whole in passes.items()}
-    found = harness.interleave(timers, args.rounds)  # the warm-up starts the workers
     rates = {
-        name: {clock: np.array([rate[clock] for rate in rates]) for clock in rates[0]}
-        for name, rates in found.items()
+        name: {clock: np.array([rate[clock] for rate in found]) for clock in ("core", "wall")}
+        for name, found in harness.interleave(
+            timers, args.rounds
+        ).items()  # the first starts workers
     }
     packages = {name: version(name) for name in ("torchvision", "timm", "pillow")}
     result: dict[str, Any] = {
@@ -204,9 +199,11 @@ def measure(args: argparse.Namespace, root: Path) -> None:
         "setting": {"photographs": len(files), "size": SIZE}
         | {key: getattr(args, key) for key in ("workers", "batch", "rounds")},
         "rows": summary(rates, peers),
-        "parts": {name: round(float(np.median(1000 / rates[name]["core"])), 3) for name in parts},
+        "parts": {
+            name: round(float(np.median(1000 / rates[of]["core"])), 3)
+            for name, of in {**{n: n for n in parts}, f"by {args.workers} workers": OURS}.items()
+        },
     }
-    result["parts"][f"delivered by {args.workers} workers"] = result["rows"][0]["ms_per_image"]
     harness.publish(args, result, tables(result))
 
 

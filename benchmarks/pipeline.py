@@ -71,7 +71,8 @@ def cells(session: Session) -> dict[str, Measure]:
         return values | {"photographs": found, "workers": workers}
 
     def alone(images: Iterator[Any]) -> dict[str, Any]:
-        return {"images_per_second": round(rate(images, None, seconds, where), 1)}
+        found = rate(images, None, seconds, where)
+        return {"images_per_second": found, "told": f"{found:.0f} images/s, {workers} workers"}
 
     def fed(batch: int, precision: str, graph: bool, images: Iterator[Any]) -> dict[str, Any]:
         x, y = next(images)
@@ -80,8 +81,10 @@ def cells(session: Session) -> dict[str, Measure]:
         steps = max(2, round(seconds * 1000 / 6 / timed(partial(step, x, y), 2, where)))
         same = 1000 * batch / timed(partial(step, x, y), steps, where)
         fresh = rate(images, step, seconds, where)
+        told = f"{fresh:.0f} images/s; with the same batch {same:.0f}, so it waits "
+        told += f"{100 * (1 - fresh / same):.0f} % of the time"
         said = {"same_batch_images_per_second": same, "images_per_second": fresh}
-        return {k: round(v, 1) for k, v in said.items()} | {"waits": round(1 - fresh / same, 4)}
+        return said | {"waits": 1 - fresh / same, "told": told}
 
     found: dict[str, Measure] = {"loader": partial(with_photographs, 2 if tiny else 32, alone)}
     for precision in ("float32", "bfloat16"):
@@ -91,15 +94,3 @@ def cells(session: Session) -> dict[str, Measure]:
                 call = partial(fed, batch, precision, graph)
                 found[key] = partial(with_photographs, batch, call)
     return found
-
-
-def table(result: dict[str, Any]) -> list[str]:
-    lines = []
-    for key, cell in result["cells"].items():
-        if "images_per_second" in cell:
-            told = f"{key}: {cell['images_per_second']:.0f} images/s, {cell['workers']} workers"
-            if "waits" in cell:
-                told += f"; with the same batch {cell['same_batch_images_per_second']:.0f}, "
-                told += f"so it waits {100 * cell['waits']:.0f} % of the time"
-            lines.append(told)
-    return lines

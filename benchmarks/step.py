@@ -183,10 +183,15 @@ def measure(
     makers = variants(network, scheme, images, torch.arange(batch, device=where) % classes, classes)
     there = [name for name in names if not session.tiny or name in ("timm", "eager")]
     rows = compare({name: makers[name] for name in there}, where, rounds, span)
-    for row in rows.values():
-        row |= {"images_per_second": round(1000 * batch / row["ms"], 1)} if "ms" in row else {}
+    told = []
+    for name, row in rows.items():
+        if "ms" in row:
+            row["images_per_second"] = round(1000 * batch / row["ms"], 1)
+        speed = f"{row['speed']:.2f} of it" if "speed" in row else row.get("error", "")[:60]
+        images_s = f"{row['images_per_second']} images/s" if name == "timm" and "ms" in row else ""
+        told.append(f"{name} {images_s or speed}")
     left_out = {name: {"left_out": "a rehearsal: no GPU"} for name in names if name not in there}
-    return {"variants": rows | left_out}
+    return {"variants": rows | left_out, "told": ", ".join(told)}
 
 
 def cells(session: Session) -> dict[str, Measure]:
@@ -198,19 +203,3 @@ def cells(session: Session) -> dict[str, Measure]:
                     key = f"{network} batch {batch} {scheme}{suffix}"
                     found[key] = partial(measure, network, scheme, batch, names, session)
     return found
-
-
-def table(result: dict[str, Any]) -> list[str]:
-    """Images per second, and multiples of timm's."""
-    lines = ["images/s and GiB of `timm`; the speed of the others as multiples of it, and GiB"]
-    for key, cell in result["cells"].items():
-        said = []
-        for name, row in cell.get("variants", {}).items():
-            told = row.get("left_out") or row.get("error", "")[:60]
-            if "ms" in row:
-                speed = row.get("speed", float("nan"))
-                told = f"{row['images_per_second']:.0f}" if name == "timm" else f"{speed:.2f}"
-            held = row.get("peak_memory_bytes")
-            said.append(f"{name} {told}" + (f" {held / 2**30:.2f} GiB" if held else ""))
-        lines += [f"{key}: {' | '.join(said)}"] if said else []
-    return lines

@@ -176,15 +176,10 @@ def run(cells: Cells) -> None:
 
 def table(result: dict[str, Any]) -> list[str]:
     """Every run: its accuracy, or how far it is."""
-    lines = []
-    for name, run in result.get("runs", {}).items():
+    runs, lines = result.get("runs", {}), []
+    for name, run in runs.items():
         tops = run.get("test_top1", [])
-        told = f"{run['status']}, {len(tops)} epochs"
-        told += f", top-1 {tops[-1]:.2f}, best {max(tops):.2f}" if tops else ""
-        if run.get("images_per_second"):
-            told += f", {run['images_per_second']:.0f} images/s, {run['wall_seconds']:.0f} s"
-        lines.append(f"{name}: {told}")
-    finished = [run for run in result.get("runs", {}).values() if run["status"] == "finished"]
-    took = sum(result.get("spent", {}).values())
-    lines.append(f"{len(finished)} runs finished in {took:.0f} s")
-    return lines
+        told = f", top-1 {tops[-1]:.2f}, best {max(tops):.2f}" if tops else ""
+        lines.append(f"{name}: {run['status']}, {len(tops)} epochs{told}")
+    finished = sum(run["status"] == "finished" for run in runs.values())
+    return [*lines, f"{finished} runs finished in {sum(result.get('spent', {}).values()):.0f} s"]

@@ -43,7 +43,7 @@ def train(start: Any, found: Any, seconds: float, kind: str, network: str, sgd_b
     found.put(done / (time.perf_counter() - begin))
 
 
-def processes(number: int, seconds: float, *what: Any) -> dict[str, float]:
+def processes(number: int, seconds: float, *what: Any) -> dict[str, Any]:
     context = multiprocessing.get_context("spawn")
     start, found = context.Barrier(number), context.Queue()
     workers = [
@@ -63,8 +63,8 @@ def processes(number: int, seconds: float, *what: Any) -> dict[str, float]:
         for worker in workers:
             worker.join(5) if worker.exitcode == 0 else worker.terminate()
             worker.join()
-    said = {"images_per_second": sum(rates), "least": min(rates), "most": max(rates)}
-    return {key: round(value, 1) for key, value in said.items()}
+    told = f"{sum(rates):.0f} images/s (each {min(rates):.0f} to {max(rates):.0f})"
+    return {"images_per_second": rates, "told": told}
 
 
 def cells(session: Session) -> dict[str, Measure]:
@@ -74,12 +74,3 @@ def cells(session: Session) -> dict[str, Measure]:
         f"{number} processes": partial(processes, number, seconds, session.device, *what)
         for number in numbers
     }
-
-
-def table(result: dict[str, Any]) -> list[str]:
-    return [
-        f"{key}: {cell['images_per_second']:.0f} images/s (each {cell['least']:.0f} to "
-        f"{cell['most']:.0f})"
-        for key, cell in result["cells"].items()
-        if "images_per_second" in cell
-    ]

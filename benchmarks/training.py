@@ -19,7 +19,6 @@ on the meta device for ResNet-50, 32 images of 224 pixels and batch size 2.
 """
 
 import argparse
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ import torch
 import models
 import norms
 from benchmarks import harness
-from benchmarks.harness import Worker, say
+from benchmarks.harness import say
 from benchmarks.worker import FORMATS
 from scripts.plan import memory
 
@@ -62,21 +61,12 @@ def sizes(args: argparse.Namespace) -> dict[str, Any]:
 def measure(args: argparse.Namespace) -> dict[Case, Any]:
     """Milliseconds of every case in every round."""
     folders = {"now": harness.ROOT, "before": args.before}
-    with ExitStack() as stack:
-        workers: dict[tuple[str, str], Worker] = {}
-        timers = {}
-        for case in cases(args):
-            name, code, way, format = case
-            if (name, code) not in workers:
-                worker = Worker(folders[code], args.threads)
-                workers[name, code] = stack.enter_context(worker)
-            key, worker = " ".join(case), workers[name, code]
-            seconds = worker.make(
-                key, what="network", name=name, way=way, format=format, **sizes(args)
-            )
-            say(f"{key}: {seconds:.1f} s for the first step")
-            timers[case] = worker.timer(key, 0.0)
-        return harness.interleave(timers, args.rounds)
+    grouped: dict[Any, dict[Case, dict[str, Any]]] = {}
+    for case in cases(args):
+        name, code, way, format = case
+        asked = dict(what="network", name=name, way=way, format=format, **sizes(args))
+        grouped.setdefault((name, folders[code]), {})[case] = asked
+    return harness.measure(grouped, args.rounds, args.threads)[0]
 
 
 def fastest(times: dict[Case, Any], name: str, code: str) -> Case:

@@ -72,7 +72,7 @@ def test_rates_are_images_by_seconds_of_every_process(monkeypatch):
     assert rates["smallbatch"]["core"].tolist() == [20, 40, 60]  # each pass is another epoch
     rows = loader.summary(rates, rates)
     assert [row["smallbatch_to_this"] for row in rows] == [1, round(40 / 30, 3)]
-    assert rows[0]["ms_per_image"] == 25
+    assert rows[0]["images_per_core_second"] == 40
 
 
 def test_batches_of_another_kind_are_refused():
