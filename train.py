@@ -22,7 +22,18 @@ def main(cfg: DictConfig) -> float | None:
     import data
     import models
     import norms
-    from training import config, debug, device, distributed, graph, loop, probes, protocol, report
+    from training import (
+        compile,
+        config,
+        debug,
+        device,
+        distributed,
+        graph,
+        loop,
+        probes,
+        protocol,
+        report,
+    )
     from training.progress import say
     from training.run import Run
     from training.tensorboard import TensorBoard
@@ -51,15 +62,15 @@ def main(cfg: DictConfig) -> float | None:
     shape = (plan.forward, source.channels, source.size, source.size)
     models.rehearse(model, shape, source.num_classes, meta=plan.devices > 1)
     graph.wanted(cfg, where)
-    if cfg.runtime.compile:
-        device.check_compiler(where)
+    work = compile.multiply_adds(model, shape[1:])
 
     with Run(cfg, say) as run:
         if over := run.result():
             say(f"{run.folder}: {over['status']} already, skipped")
             return over["top1"]
         state = run.load()
-        device.prepare(where, cfg.runtime.threads, state, say)
+        threads = compile.threads(cfg.runtime.threads, work, plan.forward)
+        device.prepare(where, cfg.runtime.threads, threads, state, say)
 
         share = (distributed.rank(), distributed.size())
         loader = data.load(
@@ -73,11 +84,20 @@ def main(cfg: DictConfig) -> float | None:
 
         done = state["progress"]["update"] if state else 0
         say(f"{run.folder}" + (f": goes on after update {done}" if done else ""))
-        say(report.describe(cfg, plan, model, loader, where))
+        updates = cfg.recipe.updates or cfg.recipe.epochs * len(loader)
+        expected = compile.seconds(work, updates, plan.share)
+        before = state and state["compiled"]
+        choice = compile.choose(cfg.runtime.compile, where.type, expected, before)
+        if before and before != choice.mode:
+            say(
+                f"runtime.compile={choice.mode}: the checkpoint was made with {before}, so the "
+                f"last bits will differ from those of an uninterrupted run"
+            )
+        say(report.describe(cfg, plan, model, loader, where, choice))
         hyperparameters = report.hyperparameters(cfg, plan)
         recording = debug.recording(checking, cfg.recipe, run.folder, say)
         with closing(TensorBoard(run.folder, done, hyperparameters)) as tensorboard, recording:
-            progress = loop.train(model, loader, plan, cfg, run, tensorboard, state, probe)
+            progress = loop.train(model, loader, plan, cfg, run, tensorboard, state, probe, choice)
             result = report.result(cfg, plan, source, model, loader, scheme.batch_free, progress)
             tensorboard.finish(result)
         run.finish(result)

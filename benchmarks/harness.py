@@ -69,6 +69,8 @@ class Worker:
 
     def __init__(self, folder: Path = ROOT, threads: int = 1, **environ: str):
         environ = {"OMP_NUM_THREADS": str(threads), "PYTHONDONTWRITEBYTECODE": "1"} | environ
+        # glibc keeps what a step frees, as train.py tells it to
+        environ |= {"MALLOC_TRIM_THRESHOLD_": str(2**30), "MALLOC_MMAP_THRESHOLD_": str(2**25)}
         program = [sys.executable, str(ROOT / "benchmarks" / "worker.py")]
         self.process = subprocess.Popen(
             [*program, str(folder), str(threads)],

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 import models
 import norms
 from benchmarks import harness
-from scripts.export import count_norms
 from training import device
+from training.export import count_norms
 
 SCHEMES = ["bn", "mabn", "brn", "pws", "ws_bn", "ws_gn", "gn", "ln", "bcn", "evonorm_s0", "frn"]
 RUNNING = ("bn", "brn", "ws_bn", "bcn", "mabn", "sync_bn", "evonorm_b0")  # have running statistics

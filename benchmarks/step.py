@@ -32,6 +32,7 @@ import norms
 from benchmarks import harness
 from benchmarks.gpu import Measure, Session, one_line
 from training import device
+from training.compile import Choice
 from training.protocol import Plan
 from training.step import Step
 
@@ -40,6 +41,7 @@ NETWORKS = {"resnet20": (32, 10), "resnet50": (224, 1000)}  # pixels and classes
 BATCHES = (2, 1, 4, 8, 32, 256)
 TINY = {"resnet8": (16, 10)}
 EAGER, COMPILED = ("timm", "captured", "eager"), ("timm", "compiled", "compiled and captured")
+NETWORK = Choice("network", "as told")
 Run = Callable[[], Any]
 
 
@@ -63,7 +65,7 @@ def ours(
     torch.manual_seed(0)
     made = norms.build(scheme, batch_size=batch, sgd_batch_size=sgd_batch)
     model = models.build(network, scheme=made, num_classes=classes, zero_init=False).train()
-    device.prepare(where, None, None, print)
+    device.prepare(where, "auto", None, None, print)
     model.to(where).to(memory_format=device.memory_format("auto", made.channels_last))
     plan = Plan(batch, sgd_batch, 1, sgd_batch, 0.0)
     step = Step(model, plan, recipe(precision=precision), say=refuse, **how)
@@ -166,8 +168,8 @@ def variants(
         "timm": partial(loop, network, images, labels, classes),
         "captured": partial(own, graph=True),
         "eager": own,
-        "compiled": partial(own, compiled=True),
-        "compiled and captured": partial(own, compiled=True, graph=True),
+        "compiled": partial(own, choice=NETWORK),
+        "compiled and captured": partial(own, choice=NETWORK, graph=True),
     }
 
 

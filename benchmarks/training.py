@@ -30,7 +30,7 @@ import norms
 from benchmarks import harness
 from benchmarks.harness import say
 from benchmarks.worker import FORMATS
-from scripts.plan import memory
+from training.cost import memory
 
 BASE = "nn.BatchNorm2d"
 SCHEMES = ["bn", "bcn", "mabn", "gn", "ws_gn", "pws"]

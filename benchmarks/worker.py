@@ -2,8 +2,8 @@
 
     python benchmarks/worker.py FOLDER THREADS
 
-takes `norms` and `models` from FOLDER, which may hold another commit; of this folder it imports
-nothing. Each line of its input is a request in JSON, each line of its output the answer:
+takes `norms`, `models` and `training` from FOLDER, which may hold another commit; of this folder it
+imports nothing. Each line of its input is a request in JSON, each line of its output the answer:
 
     {"make": NAME, "case": {…}}     seconds of the first call, the compiler's included
     {"time": NAME, "span": 0.01}    milliseconds of a call, of so many as take `span` seconds
@@ -76,9 +76,10 @@ def compiled(network: nn.Module, way: str) -> Any:
     as a whole (`network`)."""
     torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 10**4
     if way == "layers":
-        for layer in network.modules():
-            if type(layer).__module__.startswith("norms."):
-                layer.compile(dynamic=False)
+        from training.compile import own_layers
+
+        for layer in own_layers(network):
+            layer.compile(dynamic=False)
     return torch.compile(network, dynamic=False) if way == "network" else network
 
 

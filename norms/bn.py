@@ -50,16 +50,26 @@ class GhostBatchNorm2d(BatchStatisticsNorm):
         if not (self.training or state[0] is None) or x.shape[0] == 0:
             return F.batch_norm(x, *state, self.weight, self.bias, training=False, eps=self.eps)
         m.check_variance(x, self.batch_size)
-        if m.count_groups(x, self.batch_size) == 1:  # PyTorch's own layer
-            own = tuple(None if v is None else torch.zeros_like(v) for v in state)
-            y = F.batch_norm(x, *own, self.weight, self.bias, True, 1.0, self.eps)
-            self.track(*(None if v is None else v[None] for v in own))
-            return y
+        if m.count_groups(x, self.batch_size) == 1:
+            return self.one_group(x)
         mean, inverse = self.statistics(*m.moments(x), x[0, 0].numel())
         weight, bias = self.gain_and_shift()
         scale = weight * inverse
         shift = bias - mean * scale
         return m.scale_and_shift(x, *(m.expand_groups(v, x.shape[0]) for v in (scale, shift)))
+
+    def one_group(self, x: Tensor) -> Tensor:
+        """Of the batch as a whole: PyTorch's own function, on a copy of the state."""
+        mean, var = self.running_mean, self.running_var
+        affine = (self.weight, self.bias)
+        if mean is None or not self.training:
+            return F.batch_norm(x, None, None, *affine, True, 0.0, self.eps)
+        mean, var = mean.clone(), var.clone()
+        count = self.num_batches_tracked + 1
+        rate = 1 / float(count) if self.momentum is None else self.momentum
+        y = F.batch_norm(x, mean, var, *affine, True, rate, self.eps)
+        self.commit(running_mean=mean, running_var=var, num_batches_tracked=count)
+        return y
 
     def statistics(self, mean: Tensor, var: Tensor, area: int) -> tuple[Tensor, Tensor]:
         """From the moments of every map, (N, C), to mean and 1 / sqrt(var + eps) of every group,
@@ -72,9 +82,9 @@ class GhostBatchNorm2d(BatchStatisticsNorm):
         self.track(mean.detach(), var.detach() * (count / max(1, count - 1)))
         return mean, torch.rsqrt(var + self.eps)
 
-    def track(self, mean: Tensor | None, var: Tensor | None) -> None:
+    def track(self, mean: Tensor, var: Tensor) -> None:
         """Move the running statistics by those of every group, (G, C), with unbiased variances."""
-        if mean is None or var is None or self.running_mean is None or not self.training:
+        if self.running_mean is None or not self.training:
             return
         count = self.num_batches_tracked
         self.commit(

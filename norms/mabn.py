@@ -129,7 +129,8 @@ class _MABN(torch.autograd.Function):
             ctx.before = ctx.window.clone()
         gradients, psi = gradients_of(dy, *saved, ctx.before)
         if not ctx.frozen:
-            ctx.window.copy_(torch.where(psi.isfinite().all(), psi, ctx.window))
+            # Unmoved by what is infinite or NaN.
+            ctx.window.copy_(torch.where((psi * 0).sum() == 0, psi, ctx.window))
             ctx.frozen = True  # another pass over this graph finds what this one found
         if torch.is_grad_enabled():
             gradients = [_NoDerivative.apply(g, dy, *saved[:2]) for g in gradients]
@@ -153,7 +154,8 @@ def gradients_of(
     a = weight * gain
     psi_bar, moved = window_means(window, a * product * (total.numel() / x.numel()), own)
     b = -(inverse**2) * psi_bar
-    a, b = (m.over_maps(m.expand_groups(v, x.shape[0]), x) for v in (a, b))
+    a, b = m.realized(*(m.expand_groups(v, x.shape[0]) for v in (a, b)))
+    a, b = m.over_maps(a, x), m.over_maps(b, x)
     dx = (dy * a + x * b).to(x.dtype)
     return [dx, (gain * product).sum(0), total.sum(0)], moved
 

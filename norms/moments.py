@@ -62,7 +62,7 @@ def moments(x: Tensor) -> tuple[Tensor, Tensor]:
         pixel = x[(..., *(size // 2 for size in x.shape[2:]))].detach()
         x = x - over_maps(pixel, x)
         mean = x.mean(_positions(x))
-        return pixel + mean, x.square().mean(_positions(x)) - mean.square()
+        return realized(pixel + mean, x.square().mean(_positions(x)) - mean.square())
     var, mean = torch.var_mean(x, _positions(x), correction=0)  # keeps nothing but x
     return mean, var
 
@@ -98,6 +98,14 @@ def sum_groups(values: Tensor, groups: int) -> Tensor:
     return values.unflatten(0, (groups, -1)).sum(1)
 
 
+def realized(*values: Tensor) -> tuple[Tensor, ...]:
+    """The same numbers as rows of one tensor, and so their gradients: there Inductor ends one loop
+    and starts the next, where it would compute them anew for every position."""
+    if not torch.compiler.is_compiling():
+        return values
+    return torch.stack(torch.broadcast_tensors(*values)).unbind()
+
+
 def over_maps(values: Tensor, x: Tensor) -> Tensor:
     """(N, C) -> (N, C, 1, ...), to be combined with x."""
     return values.view(*values.shape, *(1 for _ in x.shape[2:]))
@@ -105,7 +113,11 @@ def over_maps(values: Tensor, x: Tensor) -> Tensor:
 
 def scale_and_shift(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """x * scale + shift, with (N, C) or (1, C) numbers, in the type of x."""
-    return torch.addcmul(over_maps(shift, x), x, over_maps(scale, x)).to(x.dtype)
+    scale, shift = realized(scale, shift)
+    y = torch.addcmul(over_maps(shift, x), x, over_maps(scale, x))
+    # A `to` without anything to do, as a function's result, loses its gradient where torch 2.11
+    # compiles it.
+    return y if y.dtype == x.dtype else y.to(x.dtype)
 
 
 def moving_average(
@@ -117,13 +129,12 @@ def moving_average(
     float64, so that groups in one pass give what they give one by one. A rate of None is 1 / k at
     the k-th update, which makes it the mean of all values; `count` updates went before.
     """
-    groups = len(values)
-    steps = torch.arange(groups + 1, device=values.device)
+    steps = torch.arange(len(values) + 1, device=values.device)
     if rate is None:
         total = torch.cat([start[None] * count, values]).double().cumsum(0)
         moved = total / (count + steps).clamp(min=1)[:, None]
         moved = torch.cat([start[None], moved[1:]])
-    elif groups == 1:
+    elif len(values) == 1:
         moved = torch.stack([start, (1 - rate) * start + rate * values[0]])
     else:
         age = (steps[:, None] - steps).clamp(min=0).double()

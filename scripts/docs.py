@@ -1,20 +1,17 @@
-"""The tables of docs/methods, from the files that already say it: options, figures and costs.
+"""The tables of options in docs/methods, from configs/norm.
 
     python scripts/docs.py            # fill them
     python scripts/docs.py --check    # exit 1 and name the pages that are out of date
 
-Writes what stands between `<!-- options -->` and `<!-- /options -->`, and likewise `published`,
-`measured` and `cost`; the rest of a page is written by hand. A page has the name of its method.
+Writes what stands between `<!-- options -->` and `<!-- /options -->`; the rest of a page is written
+by hand. A page has the name of its method.
 """
 
 import argparse
-import csv
 import functools
 import itertools
-import json
 import re
 import sys
-from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +19,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from omegaconf import OmegaConf
 
-from scripts.cells import STATES
-from scripts.published import scheme
 from training.files import write
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ROOT / "docs" / "methods"
 OPTIONS = ROOT / "configs" / "norm"
-RESULTS = ROOT / "results"
 
 
 def table(header: list[str], rows: list[list[Any]]) -> str:
@@ -80,85 +74,14 @@ def options(name: str) -> str:
     return "\n\n".join(parts)
 
 
-def published(name: str) -> str:
-    data = load(RESULTS / "published.yaml")
-    header = ["norm", "model", "data", "batch", "SGD batch", "epochs", "top-1 (%)"]
-    rows, sources = [], {}
-    for r in data["rows"]:
-        if scheme(r["norm"]) == name:
-            error = Decimal(str(r.get("top1_error", 0)))  # decimals stay as they are printed
-            top1 = f"{r.get('top1_acc', 100 - error)}"
-            top1 += f" ± {r['plus_minus']}" if "plus_minus" in r else ""
-            sizes = [r.get(k, "–") for k in ("norm_batch", "sgd_batch", "epochs")]
-            where = [f"{r['paper']}, {r['table']}", r["source"], r.get("note", "")]
-            rows.append([r["norm"], r["model"], r["dataset"], *sizes, top1, *where])
-            source = data["sources"][r["source"]]
-            sources[r["source"]] = f"- {r['source']} ({source['evidence']}): {source['where']}"
-    if not rows:
-        return "None that we could read in a source."
-    return "\n".join([table([*header, "from", "source", "note"], rows), "", *sources.values()])
-
-
-def cell(row: dict[str, str]) -> str:
-    """A line of a study's table.csv as its table.md has it."""
-    parts = []
-    if row["mean"]:
-        spread = f" ± {float(row['std']):.2f}" if row["std"] else ""
-        mark = "†" if row["filled"] == "True" else ""
-        parts.append(f"{float(row['mean']):.2f}{spread}{mark} ({row['n']})")
-    parts += [f"{row[k]} {k}" for k in STATES if row.get(k, "0") != "0"]
-    return ", ".join(parts) or "missing"
-
-
-def measured(name: str) -> str:
-    method, parts = methods(), []
-    for file in sorted(RESULTS.glob("*/table.csv")):
-        study = file.parent.name
-        captions = file.with_name("table.md").read_text().splitlines()
-        rows = list(csv.DictReader(file.read_text().splitlines()))
-        rows = [r for r in rows if method.get(r.get("scheme", "")) == name and "batch_size" in r]
-        for split in dict.fromkeys(r["split"] for r in rows):
-            cells = {(r["scheme"], r["batch_size"]): cell(r) for r in rows if r["split"] == split}
-            schemes, batches = (list(dict.fromkeys(x)) for x in zip(*cells, strict=True))
-            title = f"{study} ({split})" if split else study
-            what = [c.removeprefix(title) for c in captions if c.startswith(f"{title}: ")]
-            body = [[s, *(cells.get((s, b), "missing") for b in batches)] for s in schemes]
-            parts.append(f"[{title}](../../results/{study}/README.md){''.join(what)}")
-            parts.append(table(["scheme \\ batch size", *batches], body))
-            if "†" in parts[-1]:
-                parts.append("† not run: at every batch size the same computation")
-    return "\n\n".join(parts) or "Not measured yet."
-
-
-def cost(name: str) -> str:
-    file, method = RESULTS / "inference" / "inference.json", methods()
-    data = json.loads(file.read_text()) if file.exists() else {}
-    rows = [r for r in data.get("rows", []) if method.get(r.get("norm")) == name]
-    columns = list(dict.fromkeys(key for r in rows for key in r))
-
-    def text(value: Any) -> str:
-        if isinstance(value, int | float):
-            return f"{value:,}" if isinstance(value, int) else f"{value:.3g}"
-        return "–" if value is None else str(value)
-
-    told = {**data.get("setting", {}), **data.get("environment", {})}
-    where = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in told.items())
-    body = [[text(r.get(key)) for key in columns] for r in rows]
-    filled = table([key.replace("_", " ") for key in columns], body)
-    link = "[results/inference](../../results/inference)"
-    return f"{filled}\n\n{link}: {where}" if rows else "Not measured yet."
-
-
 def filled(page: Path) -> str:
-    """The page with its tables made anew. Raises `ValueError` if one has no place in it."""
+    """The page with its table made anew. Raises `ValueError` if it has no place for it."""
     text = page.read_text()
-    for make in (options, published, measured, cost):
-        start, end = (f"<!-- {mark}{make.__name__} -->\n" for mark in ("", "/"))
-        if [text.count(start), text.count(end)] != [1, 1]:
-            raise ValueError(f"{page}: expected {start.strip()} and {end.strip()} once")
-        before, after = text.split(start)[0], text.split(end)[1]
-        text = f"{before}{start}\n{make(page.stem)}\n\n{end}{after}"
-    return text
+    start, end = (f"<!-- {mark}options -->\n" for mark in ("", "/"))
+    if [text.count(start), text.count(end)] != [1, 1]:
+        raise ValueError(f"{page}: expected {start.strip()} and {end.strip()} once")
+    before, after = text.split(start)[0], text.split(end)[1]
+    return f"{before}{start}\n{options(page.stem)}\n\n{end}{after}"
 
 
 def main() -> None:

@@ -14,20 +14,27 @@ import shlex
 import sys
 import time
 from collections import Counter
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from omegaconf import OmegaConf
 from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
 from training.cli import MISTAKES, explain
-from training.study import COMMANDS, State, cells, jobs, state
+from training.files import read
+from training.study import COMMANDS, Cell, State, cells, jobs, state
+
+MARKS = (".lock", ".hydra", "result.json", "error.txt")  # of a run's folder
 
 COLOURS = {
     "failed": "red",
+    "damaged": "red",
     "diverged": "magenta",
     "running": "cyan",
     "interrupted": "yellow",
@@ -37,31 +44,49 @@ COLOURS = {
 EVERY = 2.0  # seconds between two looks
 
 
-def asked(study: Path) -> dict[Path, str]:
-    """The folders of the runs, in the order of the commands, with what tells them apart beside
-    scheme, batch size and seed; then others that lie there.
+def names(study: Path) -> set[str]:
+    """What the study was called when its runs were trained, and is called now: it may have been
+    renamed or copied."""
+    found = {study.resolve().name}
+    for file in study.glob("*/.hydra/config.yaml"):
+        with suppress(*MISTAKES):  # of a damaged run, which has a line of its own
+            found.add(str(OmegaConf.select(OmegaConf.create(read(file)), "study")))
+    return found
 
-    Raises `ValueError` for a folder that is no study and for a command that cannot be composed.
+
+def asked(study: Path) -> tuple[dict[Path, str], list[str]]:
+    """The folders of the runs, in the order of the commands, with what tells them apart beside
+    scheme, batch size and seed; then others that lie there. And why a command has no runs here.
+
+    Raises `ValueError` for a folder that is no study, and where there is no run at all.
     """
     file = study / COMMANDS
-    there = sorted(lock.parent for lock in study.glob("*/.lock"))
+    there = sorted({mark.parent for name in MARKS for mark in study.glob(f"*/{name}")})
     if not file.exists() and not there:
         raise ValueError(f"{study}: no study; expected a folder such as runs/quickstart")
-    found: dict[str, list[str]] = {}
-    for line in file.read_text().splitlines() if file.exists() else ():
+    composed: list[Cell] = []
+    lost = []
+    for line in file.read_text(errors="replace").splitlines() if file.exists() else ():
         try:
-            for cell in cells(jobs(shlex.split(line))):
-                if cell.folder.parent.name == study.name:  # wherever it has been moved to
-                    found.setdefault(cell.folder.name, cell.overrides)
+            composed += cells(jobs(shlex.split(line)))
         except MISTAKES as error:
-            raise ValueError(f"{file}: {line}: {explain(error)}") from error
+            lost.append(f"{file}: {line}: {explain(error)}")
+    known = names(study)
+    if not there and len({cell.folder.parent for cell in composed}) == 1:
+        known.add(composed[0].folder.parent.name)
+    found: dict[str, list[str]] = {}
+    for cell in composed:
+        if cell.folder.parent.name in known:
+            found.setdefault(cell.folder.name, cell.overrides)
+    if not found and not there and lost:
+        raise ValueError(lost[0])
     common = set.intersection(*(set(overrides) for overrides in found.values())) if found else set()
-    known = re.compile("(norm|batch|seed)=")
+    plain = re.compile("(norm|batch|seed)=")
     shown = {
-        study / name: " ".join(o for o in overrides if o not in common and not known.match(o))
+        study / name: " ".join(o for o in overrides if o not in common and not plain.match(o))
         for name, overrides in found.items()
     }
-    return shown | {folder: "" for folder in there if folder not in shown}
+    return shown | {folder: "" for folder in there if folder not in shown}, lost
 
 
 def duration(seconds: float | None) -> str:
@@ -85,9 +110,11 @@ def summary(states: list[State]) -> str:
     return f"{len(states)} runs: {text}"
 
 
-def board(study: Path, runs: dict[Path, str], height: int | None = None) -> tuple[Group, bool]:
-    """The table, and whether everything is over. In `height` lines the runs that are over give way
-    first, then those that wait."""
+def board(
+    study: Path, runs: dict[Path, str], lost: Sequence[str] = (), height: int | None = None
+) -> tuple[Group, bool]:
+    """The table, with what was `lost` below it, and whether everything is over. In `height` lines
+    the runs that are over give way first, then those that wait."""
     rows = [(f"{folder.name} {own}", state(folder)) for folder, own in runs.items()]
     states = [s for _, s in rows]
     lines = [Text(f"{study}: {summary(states)}")]
@@ -109,9 +136,9 @@ def board(study: Path, runs: dict[Path, str], height: int | None = None) -> tupl
             Text(x, no_wrap=cut, overflow="ellipsis" if cut else "fold") for x in (name, now.text)
         )
         table.add_row(run, Text(now.name, COLOURS[now.name]), updates, left, text)
-    return Group(*lines, table), not {"running", "waiting", "interrupted"} & {
-        s.name for s in states
-    }
+    over = not {"running", "waiting", "interrupted"} & {s.name for s in states}
+    notes = [Text(f"{line}; its runs are shown once they have begun", "yellow") for line in lost]
+    return Group(*lines, table, *notes), over
 
 
 def main() -> None:
@@ -124,14 +151,14 @@ def main() -> None:
     # A file or a pipe has no width of its own.
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
     try:
-        runs = asked(args.study)
+        runs, lost = asked(args.study)
         if not args.watch:
-            console.print(board(args.study, runs)[0])
+            console.print(board(args.study, runs, lost)[0])
             return
         with Live(console=console, auto_refresh=False) as live:
             over = False
             while not over:
-                shown, over = board(args.study, runs, max(5, console.height - 4))
+                shown, over = board(args.study, runs, lost, max(5, console.height - 4))
                 live.update(shown, refresh=True)
                 time.sleep(0 if over else EVERY)
     except (ValueError, OSError) as error:

@@ -56,6 +56,7 @@ def train(tmp_path, monkeypatch, capfd):
         own = [f"runtime.runs={runs}", "runtime.threads=1"]
         monkeypatch.setattr(training.cli.Report, "failures", 0)
         monkeypatch.setattr(training.cli.Report, "told", set())
+        monkeypatch.setattr(training.cli.Report, "folders", [])
         flags = [a for a in args if a.startswith("-")]
         rest = [a for a in args if not a.startswith("-")]
         monkeypatch.setattr(sys, "argv", ["train.py", *flags, *small, *own, *rest])

@@ -18,7 +18,7 @@ from PIL import Image
 
 ROOT = Path(__file__).parent.parent
 PROMISED = [
-    *("status", "top1", "top5", "best_top1", "norm", "batch_size", "sgd_batch", "protocol"),
+    *("status", "top1", "top5", "best_top1", "norm", "batch_size", "sgd_batch_size", "protocol"),
     *("model", "data", "recipe", "seed", "epochs", "updates", "parameters", "images_per_second"),
     *("wall_seconds", "peak_memory_bytes", "threads", "device", "versions"),
 ]
@@ -33,7 +33,7 @@ def test_a_run_and_what_it_leaves(train):
     result = json.loads((folder / "result.json").read_text())
     assert set(PROMISED) <= set(result)
     assert result["status"] == "finished"
-    assert (result["norm"], result["batch_size"], result["sgd_batch"]) == ("pws", 2, 2)
+    assert (result["norm"], result["batch_size"], result["sgd_batch_size"]) == ("pws", 2, 2)
     assert result["updates"] == 143 // 2 == 71
     assert result["peak_memory_bytes"] is None
     assert result["threads"] == 1
@@ -125,8 +125,8 @@ def test_every_scheme_under_every_protocol(train, norm, protocol):
     assert done.status == 0, done.err
     result = json.loads((done.run() / "result.json").read_text())
     assert (result["norm"], result["protocol"]) == (norm, protocol)
-    assert result["sgd_batch"] == (4 if protocol == "direct" else 8)
-    assert result["forward"] == (8 if protocol == "ghost" else 4)
+    assert result["sgd_batch_size"] == (4 if protocol == "direct" else 8)
+    assert result["micro_batch"] == (8 if protocol == "ghost" else 4)
 
 
 @pytest.mark.parametrize(

@@ -419,7 +419,7 @@ def test_a_cell_of_every_preset_runs(train, preset):
     assert done.status == 0, done.err
     assert done.run().parent.name == preset
     result = json.loads((done.run() / "result.json").read_text())
-    assert (result["sgd_batch"], result["batch_size"]) == (plan.sgd_batch, plan.batch)
+    assert (result["sgd_batch_size"], result["batch_size"]) == (plan.sgd_batch, plan.batch)
     assert (result["recipe"], result["updates"]) == (cfg.recipe.name, 1)
     assert result["protocol"] == cfg.protocol.name
 
@@ -431,7 +431,7 @@ def test_a_study_whose_sgd_batch_follows_the_batch(train):
     done = train(*words, quick=False)
     assert done.status == 0, done.err
     sizes = {
-        json.loads(f.read_text())["batch_size"]: json.loads(f.read_text())["sgd_batch"]
+        json.loads(f.read_text())["batch_size"]: json.loads(f.read_text())["sgd_batch_size"]
         for f in done.runs.glob("gn_imagenet/*/result.json")
     }
     assert sizes == {4: 32, 2: 16}
@@ -496,7 +496,7 @@ def test_imagenets_presets_run_on_photographs(train, photographs, preset):
     done = train(*words, *PHOTOGRAPHS[preset], quick=False)
     assert done.status == 0, done.err
     results = [json.loads(f.read_text()) for f in done.runs.glob(f"{preset}/*/result.json")]
-    found = {(r["norm"], r["batch_size"], r["sgd_batch"], r["status"]) for r in results}
+    found = {(r["norm"], r["batch_size"], r["sgd_batch_size"], r["status"]) for r in results}
     expected = set()
     for words, sgd_batch, _, said in CELLS[preset]:
         cell = dict(word.split("=") for word in words.split())

@@ -219,10 +219,10 @@ def run(main: Callable[[], Any]) -> None:
                 complain(ValueError((folder / "error.txt").read_text()), f"{folder}: ")
         if Report.failures or left:
             studies = " ".join(sorted({str(folder.parent) for folder in Report.folders}))
+            hint = f" (python scripts/study.py {studies} shows all)" if studies else ""
             print(
                 f"error: {Report.failures or len(left)} of these runs failed, see above; the same "
-                f"command tries them again and skips the finished ones "
-                f"(python scripts/study.py {studies} shows all)",
+                f"command tries them again and skips the finished ones{hint}",
                 file=sys.stderr,
             )
         else:

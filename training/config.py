@@ -98,6 +98,8 @@ CHOICES: dict[str, tuple[str, ...]] = {  # beside a number, where the key is abo
     "runtime.progress": ("auto", "bar", "lines", "none"),
     "runtime.channels_last": ("auto", "true", "false"),
     "runtime.graph": ("auto", "true", "false"),
+    "runtime.compile": ("auto", "network", "layers", "false"),
+    "runtime.threads": ("auto",),
     "debug.name": ("one_batch", "overfit", "profile"),
 }
 

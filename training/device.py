@@ -1,7 +1,8 @@
 """Where a run computes."""
 
+import ctypes
 import gc
-from functools import cache
+import platform
 from typing import Any
 
 import torch
@@ -33,19 +34,6 @@ def find(name: str) -> torch.device:
     return torch.device(name)
 
 
-@cache
-def check_compiler(device: torch.device) -> None:
-    """Raise `ValueError` if torch cannot compile for this device, tried on a negation."""
-    try:
-        torch.compile(torch.neg)(torch.zeros(2, device=device))
-    except Exception as error:  # of four libraries, for whatever is missing
-        lines = [line for line in str(error).splitlines() if line.strip()]
-        raise ValueError(
-            f"runtime.compile=true: torch.compile does not work here ({lines[0][:200]}); expected "
-            f"false, or a C++ compiler and, for a GPU, Triton"
-        ) from error
-
-
 def memory_format(wish: bool | str, gains: bool) -> torch.memory_format:
     """How a network's tensors lie in memory: `wish`, the key `runtime.channels_last`; "auto" takes
     channels-last where the scheme `gains` from it."""
@@ -53,17 +41,31 @@ def memory_format(wish: bool | str, gains: bool) -> torch.memory_format:
     return torch.channels_last if last else torch.contiguous_format
 
 
-def prepare(device: torch.device, threads: int | None, state: Any, say: Say) -> None:
-    """Undo what an earlier run in this process left, and set the number of CPU threads: the
-    configured one, else the checkpoint's, else PyTorch's own choice, one for every core."""
+def keep_memory() -> None:
+    """Tell glibc to keep the memory that a training step frees, which otherwise goes back to the
+    kernel and is faulted in again by the next one."""
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(ctypes.c_int(-1), ctypes.c_int(2**30))  # M_TRIM_THRESHOLD: bytes kept free
+        libc.mallopt(ctypes.c_int(-3), ctypes.c_int(2**25))  # M_MMAP_THRESHOLD: the largest allowed
+
+
+def prepare(
+    device: torch.device, wish: int | str, threads: int | None, state: Any, say: Say
+) -> None:
+    """Undo what an earlier run in this process left, and set the number of CPU threads: `threads`,
+    or, where `wish`, the key `runtime.threads`, is "auto", the checkpoint's; None: PyTorch's own
+    choice, one for every core."""
     before = state["threads"] if state else None
-    torch.set_num_threads(threads or before or CORES)
+    torch.set_num_threads((wish == "auto" and before) or threads or CORES)
     if before and before != torch.get_num_threads() and device.type == "cpu":
         say(
-            f"runtime.threads={threads}: the checkpoint was made with {before}, so the last bits "
+            f"runtime.threads={wish}: the checkpoint was made with {before}, so the last bits "
             f"will differ from those of an uninterrupted run"
         )
-    if device.type == "cuda":
+    if device.type == "cpu":
+        keep_memory()
+    else:
         if device.index is not None:
             torch.cuda.set_device(device)
         gc.collect()

@@ -170,7 +170,7 @@ def evaluated(model: nn.Module, rule: str) -> Iterator[None]:
         return
     if rule == "mean":
         for name, value in model.named_buffers():
-            if name.rpartition(".")[2].startswith("running_"):
+            if name.rpartition(".")[2].startswith(("running_", "moving_")):
                 total(value).div_(size())
         yield
         return

@@ -1,20 +1,71 @@
-"""Files that are whole or not there."""
+"""The files of runs: written whole or not at all, and checked when they are read."""
 
+import csv
 import json
+import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
+
+NUMBER = (int, float)
+RESULT: dict[str, tuple[type, ...]] = {  # key of result.json: what it may be
+    "status": (str,),
+    "top1": (*NUMBER, type(None)),
+    "top5": (*NUMBER, type(None)),
+    "best_top1": (*NUMBER, type(None)),
+    "norm": (str,),
+    "batch_size": (int,),
+    "sgd_batch_size": (int,),
+    "protocol": (str,),
+    "model": (str,),
+    "data": (str,),
+    "recipe": (str,),
+    "seed": (int,),
+    "epochs": NUMBER,
+    "updates": (int,),
+    "parameters": (int,),
+    "images_per_second": NUMBER,
+    "wall_seconds": NUMBER,
+    "peak_memory_bytes": (int, type(None)),
+    "threads": (int,),
+    "device": (str,),
+    "versions": (dict,),
+}
+RENAMED = {  # keys of older results
+    "sgd_batch": "sgd_batch_size",
+    "batch_free": "batch_independent",
+    "forward": "micro_batch",
+}
+ACCURACIES = ("top1", "top5", "best_top1")
 
 
 def write(path: Path, content: str | bytes) -> None:
     """All of the content or the file as it was, whenever the machine stops."""
     data = content.encode() if isinstance(content, str) else content
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    temporary = path.with_name(f"{path.name}.{uuid4().hex[:8]}.tmp")
+    try:
+        with open(temporary, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def damaged(path: Path, errors: type[Exception] | tuple[type[Exception], ...]) -> Iterator[None]:
+    """Turn `errors` into a `ValueError` with the file's name and what is wrong with it."""
+    try:
+        yield
+    except errors as error:
+        problem = " ".join(str(error).split())
+        raise ValueError(
+            f"{path}: cannot be read ({problem}); overwrite=true starts again"
+        ) from error
 
 
 def read(path: Path, *keys: str) -> dict[str, Any]:
@@ -22,19 +73,73 @@ def read(path: Path, *keys: str) -> dict[str, Any]:
     one of `keys`."""
     from omegaconf import OmegaConf
 
-    try:
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is no JSON")
+
+    with damaged(path, Exception):  # of three libraries, for whatever stands in the file
         if path.suffix == ".json":
-            content = json.loads(path.read_text())
+            content: Any = json.loads(path.read_text(), parse_constant=refuse)
         else:
             content = OmegaConf.to_container(OmegaConf.load(path))
-    except Exception as error:  # of three libraries, for whatever stands in the file
-        problem = " ".join(str(error).split())
-        raise ValueError(
-            f"{path}: cannot be read ({problem}); overwrite=true starts again"
-        ) from error
-    lost = [key for key in keys if not isinstance(content, dict) or key not in content]
-    if lost:
-        raise ValueError(
-            f"{path}: cannot be read (no {lost[0]} in it); overwrite=true starts again"
-        )
+        for key in keys:
+            if not isinstance(content, dict) or key not in content:
+                raise ValueError(f"no {key} in it")
     return content
+
+
+def read_result(folder: Path) -> dict[str, Any]:
+    """The result.json of a run that is over, older keys under today's names. Raises `ValueError`
+    with its name for a key that is missing, of another type or no number."""
+    path = folder / "result.json"
+    result: dict[str, Any] = {
+        RENAMED.get(key, key): value for key, value in read(path, "status").items()
+    }
+    with damaged(path, ValueError):
+        if result["status"] not in ("finished", "diverged"):
+            raise ValueError(f"status is {result['status']}; expected finished or diverged")
+        for key, types in RESULT.items():
+            if key not in result:
+                raise ValueError(f"no {key} in it")
+            value = result[key]
+            if not isinstance(value, types) or isinstance(value, bool):
+                expected = " or ".join(t.__name__.replace("NoneType", "null") for t in types)
+                raise ValueError(f"{key} is {value!r}; expected {expected}")
+            if key in ACCURACIES and value is None and result["status"] == "finished":
+                raise ValueError(f"{key} is null in a finished run")
+            if key in ACCURACIES and isinstance(value, NUMBER) and not 0 <= value <= 100:
+                raise ValueError(f"{key} is {value}; expected 0 to 100")
+    return result
+
+
+def read_metrics(folder: Path) -> list[dict[str, float]]:
+    """The rows of metrics.csv without their empty fields; none without the file. Raises
+    `ValueError` with its name for a row that is cut off or a field that is no finite number."""
+    path = folder / "metrics.csv"
+    if not path.exists():
+        return []
+    rows = []
+    with damaged(path, (ValueError, OSError, csv.Error)), open(path, newline="") as file:
+        for i, row in enumerate(csv.DictReader(file, strict=True), 1):
+            if None in row or None in row.values():
+                raise ValueError(f"row {i} has not as many fields as the header")
+            for key in ("epoch", "update"):
+                if not row.get(key):
+                    raise ValueError(f"no {key} in row {i}")
+            counts = {key: int(row[key]) for key in ("epoch", "update")}
+            numbers = {key: float(value) for key, value in row.items() if value} | counts
+            for key, number in numbers.items():
+                if not math.isfinite(number) and not key.startswith("probe/"):
+                    raise ValueError(f"{key} is {number} in row {i}")
+            rows.append(numbers)
+    return rows
+
+
+def read_progress(folder: Path) -> dict[str, Any]:
+    """How far a run says it is: update, updates, seconds. Nothing without the file, or if it is
+    damaged: it is for whoever watches, and the run will soon write another."""
+    try:
+        told = read(folder / "progress.json", "update", "updates", "seconds")
+    except ValueError:
+        return {}
+    numbers = all(type(told[key]) in NUMBER for key in ("update", "updates", "seconds"))
+    return told if numbers else {}

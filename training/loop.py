@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from training import distributed, graph
 from training.checkpoints import Checkpoints
+from training.compile import EAGER, Choice
 from training.optimizer import learning_rate
 from training.probes import Probe, Sums
 from training.progress import Board
@@ -40,6 +41,8 @@ class Progress:
     diverged_at: int | None = None
     rows: list[dict[str, Any]] = field(default_factory=list)
     """Of metrics.csv."""
+    compiled: Choice = EAGER
+    """How the network was computed in the end."""
     graph: bool = False
     """Whether the steps came from a CUDA graph in the end."""
     probed: Sums = field(default_factory=dict)
@@ -95,6 +98,7 @@ def train(
     tensorboard: TensorBoard,
     state: Any,
     probe: Probe | None = None,
+    choice: Choice = EAGER,
 ) -> Progress:
     """Train until the last update, or until the loss is no longer finite.
 
@@ -106,7 +110,7 @@ def train(
     updates = recipe.updates or recipe.epochs * per_epoch
     epochs = math.ceil(updates / per_epoch)
     device = next(model.parameters()).device
-    step = Step(model, plan, recipe, runtime.compile, graph.wanted(cfg, device), run.say)
+    step = Step(model, plan, recipe, choice, graph.wanted(cfg, device), run.say)
     now = Progress()
     if state:
         step.load_state_dict(state)
@@ -128,6 +132,7 @@ def train(
             model.train()
             for seen, (images, labels) in enumerate(loader.train(epoch, first), first + 1):
                 lr = learning_rate(now.update, updates, plan.lr, recipe)
+                step.try_compiler(images, labels)  # ahead of a probe, which is not to see it
                 with probe.watch(now.update) if probe else nullcontext():
                     done = step(images, labels, lr)
                 meter.add(*done)
@@ -169,6 +174,7 @@ def train(
             tensorboard.epoch(row)
             board.epoch(row, epochs)
             save()
+    now.compiled = step.choice
     now.graph = bool(step.recorded and step.recorded.replay)
     if now.diverged:
         now.update = now.diverged_at or 0  # however late somebody looked

@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from norms.moments import moments, promote
-from norms.moments import pool
+from norms.moments import moments, pool, promote
 
 Sums = dict[str, Tensor]  # "<layer> <quantity>": number of batches, sum, sum of squares, a row each
 
@@ -127,7 +126,7 @@ class BatchStatistics(Probe):
     def hook(self, name: str) -> Callable[..., None]:
         def forward(layer: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             x = inputs[0].detach()
-            mean, var = (tensor(v).view(-1, self.batch, x.shape[1]) for v in moments(x))
+            mean, var = (v.view(-1, self.batch, x.shape[1]) for v in moments(x))
             mean, var = pool(mean, var, dim=1)  # (batches, channels)
             self.add(name, "mean", mean)
             self.add(name, "var", var)

@@ -9,6 +9,7 @@ from omegaconf import DictConfig
 from torch import nn
 
 from training import graph
+from training.compile import Choice
 from training.config import choices
 from training.loop import Progress
 from training.protocol import Plan
@@ -36,7 +37,12 @@ def parameters(model: nn.Module) -> int:
 
 
 def describe(
-    cfg: DictConfig, plan: Plan, model: nn.Module, loader: Any, device: torch.device
+    cfg: DictConfig,
+    plan: Plan,
+    model: nn.Module,
+    loader: Any,
+    device: torch.device,
+    choice: Choice,
 ) -> str:
     """The numbers that follow from the configuration, in a few lines."""
     recipe, per_epoch = cfg.recipe, len(loader)
@@ -55,10 +61,11 @@ def describe(
     extras = {f"{key} {recipe[key]:g}": recipe[key] for key in ("clip", "mixup", "cutmix")} | {
         "adamw": recipe.optimizer == "adamw",
         f"evaluated is the weights' moving average ({recipe.ema:g})": recipe.ema,
-        "compiled": cfg.runtime.compile,
         "channels last in memory": channels_last(model),
         "the step recorded as a CUDA graph": graph.wanted(cfg, device),
         f"no CUDA graph, {why}": why and device.type == "cuda" and cfg.runtime.graph is not False,
+        f"compiled ({choice.mode}): {choice.reason}": choice.mode != "false",
+        f"not compiled: {choice.reason}": choice.mode == "false",
     }
     also = ", ".join(text for text, there in extras.items() if there)
     also = f"  {also}\n" if also else ""
@@ -82,7 +89,7 @@ def hyperparameters(cfg: DictConfig, plan: Plan) -> dict[str, Any]:
     return {
         "norm": choices()["norm"],
         "batch_size": plan.batch,
-        "sgd_batch": plan.sgd_batch,
+        "sgd_batch_size": plan.sgd_batch,
         "protocol": cfg.protocol.name,
         "learning_rate": plan.lr,
         "model": model_name(cfg),
@@ -118,7 +125,7 @@ def result(
     source: Any,
     model: nn.Module,
     loader: Any,
-    batch_free: bool,
+    batch_independent: bool,
     now: Progress,
 ) -> dict[str, Any]:
     """The content of result.json. Accuracies in %, times in seconds; null after divergence.
@@ -138,13 +145,13 @@ def result(
         "study": cfg.study,
         **hyperparameters(cfg, plan),
         "debug": cfg.debug.name if cfg.get("debug") else None,
-        "forward": plan.forward,
+        "micro_batch": plan.forward,
         "devices": plan.devices,
         "ema": cfg.recipe.ema,
         "epochs": now.update / len(loader),
         "updates": now.update,
         "parameters": parameters(model),
-        "batch_free": batch_free,
+        "batch_independent": batch_independent,
         "train_images": len(loader.labels),
         "test_images": len(loader.test_labels),
         "image_shape": [source.channels, source.size, source.size],
@@ -154,7 +161,8 @@ def result(
         "wall_seconds": now.wall_seconds,
         "peak_memory_bytes": memory,
         "threads": torch.get_num_threads(),
-        "compiled": cfg.runtime.compile,
+        "compiled": now.compiled.mode,
+        "compiled_reason": now.compiled.reason,
         "graph": now.graph,
         "channels_last": channels_last(model),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",

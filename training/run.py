@@ -30,7 +30,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from training import distributed
 from training.config import folder, identity
-from training.files import read, write
+from training.files import read, read_result, write
 
 Say = Callable[[str], None]
 COLUMNS = (  # of metrics.csv; accuracies in %
@@ -96,8 +96,9 @@ class Run:
             if cfg.overwrite:
                 self.clear()
             self.check_config(cfg)
-            for name in ("error.txt", "progress.json"):  # of an earlier attempt
-                (self.folder / name).unlink(missing_ok=True)
+            for name in ("error.txt", "progress.json", "*.tmp"):  # of an earlier attempt
+                for file in self.folder.glob(name):
+                    file.unlink(missing_ok=True)
         except BaseException:
             self._lock.close()
             raise
@@ -147,7 +148,7 @@ class Run:
     @distributed.shared
     def result(self) -> dict[str, Any] | None:
         file = self.folder / "result.json"
-        return read(file, "status", "top1") if file.exists() else None
+        return read_result(self.folder) if file.exists() else None
 
     @distributed.on_first
     def finish(self, result: dict[str, Any]) -> None:
@@ -193,7 +194,15 @@ class Run:
         for i, file in enumerate(files, 1):
             try:
                 state = torch.load(file, map_location="cpu", weights_only=True)
-                if set(state) >= {"model", "optimizer", "scaler", "progress", "rng", "threads"}:
+                if set(state) >= {
+                    "model",
+                    "optimizer",
+                    "scaler",
+                    "progress",
+                    "rng",
+                    "threads",
+                    "compiled",
+                }:
                     return state
                 raise EOFError
             except (

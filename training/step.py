@@ -1,5 +1,7 @@
 """One optimizer step, and all that it changes."""
 
+import time
+import warnings
 from typing import Any
 
 import torch
@@ -7,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from training import distributed, optimizer
+from training.compile import EAGER, Choice, compiled, first_line
 from training.graph import Recorded
 from training.protocol import Plan
 from training.run import Say
@@ -26,15 +29,13 @@ class Step:
         model: nn.Module,
         plan: Plan,
         recipe: Any,
-        compiled: bool = False,
+        choice: Choice = EAGER,
         graph: bool = False,
         say: Say = print,
     ):
         self.model, self.plan, self.recipe = model, plan, recipe
-        self.network: Any = model  # what computes, with the weights of `model`
-        if compiled:
-            torch.compiler.reset()  # an earlier run's code of this process does not fit
-            self.network = torch.compile(model, dynamic=False)
+        self.network = compiled(model, choice.mode)
+        self.choice, self.tried, self.say = choice, choice.mode == "false", say
         self.device = next(model.parameters()).device
         half = torch.float16 if recipe.precision == "float16" else torch.bfloat16
         self.autocast = torch.autocast(
@@ -58,11 +59,37 @@ class Step:
         return self.average.module if self.average else self.model
 
     def __call__(self, images: Tensor, labels: Tensor, lr: float) -> tuple[Tensor, Tensor]:
+        self.try_compiler(images, labels)
         if self.lr is not None:
             self.lr.fill_(lr)
         for group in self.optimizer.param_groups:
             group["lr"] = lr if self.lr is None else self.lr
         return (self.recorded or self.compute)(images, labels)
+
+    def try_compiler(self, images: Tensor, labels: Tensor) -> None:
+        """At the first call, one pass that leaves no trace, for what may be missing; where it
+        fails, says so and goes on without."""
+        if self.tried:
+            return
+        self.tried, start = True, time.perf_counter()
+        state = {name: value.clone() for name, value in self.model.state_dict().items()}
+        x, y = images[: self.plan.forward], labels[: self.plan.forward]
+        try:
+            with torch.random.fork_rng(), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # the compiler's, about itself
+                with self.autocast:
+                    logits = self.network(x)
+                F.cross_entropy(logits.float(), y).backward()
+            self.say(f"  compiled in {time.perf_counter() - start:.0f} s")
+        except Exception as error:  # of four libraries
+            self.say(
+                f"  runtime.compile={self.choice.mode}: torch.compile does not work here "
+                f"({first_line(error)}); going on without"
+            )
+            for layer in self.model.modules():
+                layer._compiled_call_impl = None
+            self.network, self.choice = self.model, Choice("false", "compiling failed")
+        self.model.load_state_dict(state)
 
     def compute(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """All of it on the device, waiting for nothing."""
@@ -107,7 +134,11 @@ class Step:
     def rng(self) -> dict[str, Any]:
         """States of generators, for a model's own randomness, such as dropout."""
         cuda = [torch.cuda.get_rng_state(self.device)] if self.device.type == "cuda" else []
-        return {"rng": [torch.get_rng_state(), *cuda], "threads": torch.get_num_threads()}
+        return {
+            "rng": [torch.get_rng_state(), *cuda],
+            "threads": torch.get_num_threads(),
+            "compiled": self.choice.mode,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Raises `ValueError` for a checkpoint of another number of processes."""

@@ -1,7 +1,6 @@
 """A study from outside: the runs that its commands ask for, and how far each of them is."""
 
 import fcntl
-import json
 import re
 import shlex
 from collections.abc import Iterator
@@ -18,7 +17,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, open_dict
 
 from training.config import check, folder
-from training.files import read, write
+from training.files import read_progress, read_result, write
 
 COMMANDS = "commands.txt"  # in a study's folder, a line each
 PLAIN = re.compile(r"(batch|seed)=\d+")
@@ -105,7 +104,7 @@ def record(overrides: list[str]) -> list[Path]:
 
 @dataclass
 class State:
-    """How far a run is: finished, diverged, running, failed, interrupted or waiting."""
+    """How far a run is: finished, diverged, damaged, running, failed, interrupted or waiting."""
 
     name: str
     update: int = 0
@@ -126,10 +125,10 @@ def locked(folder: Path) -> bool:
     try:
         with open(folder / ".lock") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
     except BlockingIOError:
         return True
+    except OSError:  # no lock, or none that this user may see
+        return False
     return False
 
 
@@ -137,23 +136,20 @@ def state(folder: Path) -> State:
     """Of the run in a folder, from its files."""
     if (folder / "result.json").exists():
         try:
-            result = read(folder / "result.json", "status", "top1", "updates", "wall_seconds")
+            result = read_result(folder)
         except ValueError as error:  # of one run, and no reason not to show the others
-            return State("failed", text=str(error))
+            return State("damaged", text=str(error))
         text = f"top-1 {result['top1']:.2f} %" if result["top1"] is not None else ""
         if result.get("diverged_at_update") is not None:
             text = f"at update {result['diverged_at_update']}"
         done = result["updates"]
         return State(result["status"], done, done, result["wall_seconds"], text)
-    now = State("waiting")
-    try:
-        told = json.loads((folder / "progress.json").read_text())
+    now = State("interrupted" if (folder / ".hydra").exists() else "waiting")
+    if told := read_progress(folder):
         now = State("interrupted", told["update"], told["updates"], told["seconds"])
-    except FileNotFoundError:
-        if (folder / ".hydra").exists():
-            now = State("interrupted")
     if locked(folder):
         now.name = "running"
     elif (folder / "error.txt").exists():
-        now.name, now.text = "failed", (folder / "error.txt").read_text().strip()
+        now.name = "failed"
+        now.text = " ".join((folder / "error.txt").read_text(errors="replace").split())
     return now

@@ -39,7 +39,7 @@ RESULTS = {  # key of result.json, with the tag result/<key>: column of HParams
     "peak_memory_bytes": "peak memory (bytes)",
 }
 # What changes within a study: HParams shows these columns, the others when asked to.
-CHANGING = ("norm", "batch_size", "sgd_batch", "learning_rate", "seed")
+CHANGING = ("norm", "batch_size", "sgd_batch_size", "learning_rate", "seed")
 CHARTS = {  # category of Custom Scalars: chart: its tags
     "accuracy": {
         "test accuracy (%)": ["accuracy/test"],

@@ -2,10 +2,12 @@ import re
 import subprocess
 import sys
 
+import pandas as pd
 import pytest
 from torch import nn
 
 import norms
+from reporting.published import load, scheme
 from scripts import docs
 
 SCRIPT = docs.ROOT / "scripts" / "docs.py"
@@ -35,11 +37,18 @@ def test_the_pages_of_this_repository_are_up_to_date_and_the_check_writes_nothin
     assert {page.stem: page.read_text() for page in docs.PAGES.glob("*.md")} == PAGES
 
 
-def test_no_table_is_empty():
+def test_every_page_leads_to_the_numbers_that_there_are():
+    rows = load()["rows"]
+    methods = docs.methods()
     for name in norms.names():
-        parts = re.findall(r"<!-- (\w+) -->\n(.*?)<!-- /\1 -->", PAGES[name], re.DOTALL)
-        assert [part for part, _ in parts] == ["options", "cost", "published", "measured"]
-        assert all(text.strip() for _, text in parts)
+        own = PAGES[name].partition("## Published figures")[2]
+        has = any(scheme(row["norm"]) == name for row in rows)
+        assert ("results/published.yaml" in own) == has, name
+        assert ("None that we could read in a source." in own) != has, name
+        for table in docs.ROOT.glob("results/*/table.csv"):
+            found = pd.read_csv(table)
+            has = "scheme" in found and name in found["scheme"].map(methods).tolist()
+            assert (f"results/{table.parent.name}/README.md" in own) == has, (name, table)
 
 
 def test_links_lead_somewhere():
@@ -76,8 +85,10 @@ def test_a_changed_table_is_named_and_then_made_anew(pages, monkeypatch, capsys)
 
 
 def test_a_page_without_a_place_for_a_table_or_none_at_all(pages, monkeypatch):
-    (pages / "gn.md").write_text(PAGES["gn"].replace("<!-- /cost -->", ""))
-    assert "gn.md: expected <!-- cost --> and <!-- /cost --> once" in run(monkeypatch, "--check")
+    (pages / "gn.md").write_text(PAGES["gn"].replace("<!-- /options -->", ""))
+    assert "gn.md: expected <!-- options --> and <!-- /options --> once" in run(
+        monkeypatch, "--check"
+    )
     (pages / "gn.md").unlink()
     assert "gn.md" in run(monkeypatch, "--check")
 
@@ -86,78 +97,6 @@ def test_a_comment_over_two_lines():
     rows = {key: meaning for key, _, meaning in docs.keys("gn")}
     assert rows["groups"].endswith("leave this many channels in each (`min_channels`)")
     assert rows["min_channels"] == "see `groups`"
-
-
-def test_measured_cells(tmp_path, monkeypatch):
-    study = tmp_path / "mine"
-    study.mkdir()
-    monkeypatch.setattr(docs, "RESULTS", tmp_path)
-    (study / "table.csv").write_text(
-        "split,scheme,batch_size,mean,std,n,diverged,unfinished,filled\n"
-        ",bn,2,41.265,1.9586,2,0,0,False\n"
-        ",bn,8,,,0,1,2,False\n"
-        ",pws_cifar,2,50.0,,1,0,0,True\n"
-        ",pws_cifar,8,50.0,,1,0,0,False\n"
-        ",gone,2,1.0,,1,0,0,False\n"
-    )
-    (study / "table.md").write_text("mine: top-1 accuracy (%)\n\n| scheme |\n")
-    assert docs.measured("bn") == (
-        "[mine](../../results/mine/README.md): top-1 accuracy (%)\n\n"
-        "| scheme \\ batch size | 2 | 8 |\n| --- | --- | --- |\n"
-        "| bn | 41.27 ± 1.96 (2) | 1 diverged, 2 unfinished |"
-    )
-    assert "| pws_cifar | 50.00† (1) | 50.00 (1) |" in docs.measured("pws")
-    assert docs.measured("gn") == "Not measured yet."
-
-
-def test_measured_cells_of_a_newer_table_and_one_of_other_keys(tmp_path, monkeypatch):
-    monkeypatch.setattr(docs, "RESULTS", tmp_path)
-    for study, head in (
-        ("mine", "scheme,batch_size,recipe.lr,metric"),
-        ("other", "recipe.lr,batch_size,x,metric"),
-    ):
-        (tmp_path / study).mkdir()
-        (tmp_path / study / "table.csv").write_text(
-            f"split,{head},mean,std,n,diverged,failed,unfinished,filled,published\n"
-            ',gn,2,0.1,"top-1 accuracy (%), last epoch",50.0,,1,0,2,0,False,\n'
-        )
-        (tmp_path / study / "table.md").write_text(f"{study}: top-1 accuracy (%)\n")
-    assert docs.measured("gn").count("| gn | 50.00 (1), 2 failed |") == 1
-    assert "other" not in docs.measured("gn")
-
-
-def test_cost_takes_the_numbers_that_are_there(tmp_path, monkeypatch):
-    monkeypatch.setattr(docs, "RESULTS", tmp_path)
-    assert docs.cost("pws") == "Not measured yet."
-    (tmp_path / "inference").mkdir()
-    (tmp_path / "inference" / "inference.json").write_text(
-        '{"setting": {"model": "resnet50"}, "rows": ['
-        '{"norm": "pws_cifar", "folded_ms": 12.3456, "parameters": 25600000},'
-        '{"norm": "bn", "folded_ms": null, "saved_bytes": 5}]}'
-    )
-    assert "| pws_cifar | 12.3 | 25,600,000 |" in docs.cost("pws")
-    assert "| bn | – | 5 |" in docs.cost("bn")
-    assert docs.cost("bn").endswith("model resnet50")
-    assert docs.cost("gn") == "Not measured yet."
-
-
-def test_published_rows_are_whole():
-    data = docs.load(docs.RESULTS / "published.yaml")
-    assert {row["source"] for row in data["rows"]} == set(data["sources"])
-    known = {"paper", "table", "dataset", "model", "norm", "norm_batch", "sgd_batch", "top1_acc"}
-    known |= {"top1_error", "top5_error", "plus_minus", "epochs", "lr", "source", "note"}
-    for row in data["rows"]:
-        assert set(row) <= known
-        assert ("top1_acc" in row) != ("top1_error" in row)
-        assert 50 < row.get("top1_acc", 100 - row.get("top1_error", 0)) < 100
-
-
-def test_errors_are_shown_as_accuracies_with_the_decimals_that_are_printed():
-    text = docs.published("ws_gn")
-    assert "| GN+WS | ResNet-50 | ImageNet | – | 256 | 90 | 76.28 |" in text
-    assert "- ws-readme (primary-repo): " in text
-    assert docs.published("gn").count("\n| GN") > 20
-    assert docs.published("ws_bn") == "None that we could read in a source."
 
 
 def test_what_the_pws_page_says_of_a_converted_network():

@@ -9,7 +9,8 @@ from PIL import Image
 
 import data
 import norms
-from scripts import evaluate, export
+from scripts import evaluate
+from training import evaluation, restore
 from training.files import write
 
 
@@ -72,7 +73,7 @@ def test_the_run_own_test_images_give_its_result(train, call, tmp_path, norm):
     assert [row["name"] for row in rows] == [str(i) for i in range(10)]
     assert 100 * sum(int(row["correct"]) for row in rows) / 359 == pytest.approx(result["top1"])
 
-    model, _, _ = export.load(run)  # and class by class, from the pixels
+    model, _, _ = restore.load(run)  # and class by class, from the pixels
     pixels = result["pixels"]
     cfg = OmegaConf.load(run / ".hydra" / "config.yaml")
     _, test = data.read(data.find(cfg.data, 8, cfg.recipe), cfg.data)
@@ -197,7 +198,7 @@ def test_images_in_memory_with_the_pixels_of_another_run(reverse):
     loader = data.Loader(split, split, 1, 0)
     mean, std = [0.1, 0.2, 0.3], [0.5, 0.6, 0.7]
     pixels = {"mean": mean, "std": std, "reversed": reverse}
-    assert evaluate.normalize_as(loader, pixels) is reverse
+    assert evaluation.normalize_as(loader, pixels) is reverse
     [(images, _)] = loader.test(6)
     found = images.flip(1) if reverse else images
     raw = split.images.flip(1) if reverse else split.images

@@ -8,6 +8,7 @@ from omegaconf import OmegaConf
 import data
 import norms
 from scripts import export
+from training import restore
 
 FOLDED = {
     "bn": "0 standardized convolutions became plain; of 7 norms 7 disappeared, 0 remain",
@@ -44,7 +45,7 @@ def test_the_program_takes_pixels_and_answers_like_the_run(train, call, norm):
     assert sorted(p.name for p in run.glob("model*")) == ["model.pt2"]
 
     program = torch.export.load(run / "model.pt2").module()
-    model, _, result = export.load(run)
+    model, _, result = restore.load(run)
     cfg = OmegaConf.load(run / ".hydra" / "config.yaml")
     training, test = data.read(data.find(cfg.data, 8, cfg.recipe), cfg.data)
     pixels = training.images.double() / 255

@@ -11,7 +11,8 @@ from rich.console import Console
 
 import models
 import norms
-from scripts.plan import GIB, main, makespan, memory, rows, show
+from scripts.plan import GIB, main, show
+from training.cost import makespan, memory, rows
 from training.study import cells, jobs
 
 ROOT = Path(__file__).parent.parent.parent

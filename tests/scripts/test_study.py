@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +20,7 @@ ROOT = Path(__file__).parent.parent.parent
 def screen(study, height=None):
     console = Console(width=200)
     with console.capture() as capture:
-        console.print(board(study, asked(study), height)[0])
+        console.print(board(study, *asked(study), height)[0])
     return [line.rstrip() for line in capture.get().splitlines()]
 
 
@@ -33,7 +34,7 @@ def test_cells_are_what_a_sweep_makes(train):
     expected = [cell.folder for cell in cells(jobs(line.split()))]
     assert len(expected) == len(set(expected)) == 8
     assert sorted(expected) == sorted(x for x in study.iterdir() if x.is_dir())
-    shown = asked(study)
+    shown, _ = asked(study)
     assert list(shown) == expected
     assert set(shown.values()) == {"recipe.lr=0.1", "recipe.lr=0.2"}
     train("-m", *swept)
@@ -97,7 +98,9 @@ def test_a_failure_is_kept_until_the_run_is_tried_again(train):
     (folder,) = study.glob("bn-b4-*")
     (folder / "result.json").unlink()
     (folder / "error.txt").write_text("before\n")
+    (folder / "last.pt.0a1b2c3d.tmp").write_text("of an attempt that was killed")
     train(*failing)
+    assert not list(folder.glob("*.tmp"))
     assert not (folder / "error.txt").exists()
     assert not (folder / "progress.json").exists()
 
@@ -136,11 +139,19 @@ def test_two_processes_that_meet_on_one_run(tmp_path):
     assert len(list(tmp_path.glob("*/*/events.out.tfevents.*"))) == 1
 
 
+RESULT = {
+    **{"status": "finished", "top1": 90.0, "top5": 99.0, "best_top1": 90.0, "norm": "bn"},
+    **{"batch_size": 2, "sgd_batch_size": 2, "protocol": "direct", "model": "resnet8"},
+    **{"data": "digits", "recipe": "digits", "seed": 0, "epochs": 1.0, "updates": 9},
+    **{"parameters": 10, "images_per_second": 1.0, "wall_seconds": 1.0, "threads": 1},
+    **{"peak_memory_bytes": None, "device": "cpu", "versions": {}},
+}
+
+
 def finished(folder, **result):
     folder.mkdir(parents=True)
     (folder / ".lock").touch()
-    whole = {"status": "finished", "top1": 90.0, "updates": 9, "wall_seconds": 1.0} | result
-    (folder / "result.json").write_text(json.dumps(whole))
+    (folder / "result.json").write_text(json.dumps(RESULT | result))
 
 
 def test_one_damaged_file_does_not_hide_the_other_runs(tmp_path):
@@ -149,10 +160,48 @@ def test_one_damaged_file_does_not_hide_the_other_runs(tmp_path):
     finished(tmp_path / "bn-b8-s0")
     (tmp_path / "bn-b8-s0" / "result.json").write_text("{")
     head, _, *lines = screen(tmp_path)
-    assert "3 runs: 1 failed, 1 diverged, 1 finished" in head
+    assert "3 runs: 1 damaged, 1 diverged, 1 finished" in head
     assert lines[0].endswith("top-1 90.00 %")
     assert lines[1].endswith("at update 7")
     assert "result.json: cannot be read" in lines[2]
+
+
+def test_what_a_run_says_of_its_progress_need_not_be_right(tmp_path):
+    for i, told in enumerate(["{", "[]", '{"update": "1", "updates": 2, "seconds": 3}', "{}"]):
+        folder = tmp_path / f"gn-b2-s{i}"
+        (folder / ".hydra").mkdir(parents=True)
+        (folder / "progress.json").write_text(told)
+        assert state(folder) == State("interrupted")
+
+
+def test_a_study_that_was_renamed_or_copied_knows_its_runs(train):
+    swept = ["-m", "norm=gn", "batch=8", "seed=0,1", "recipe.updates=1", "study=before"]
+    study = train(*swept).runs / "before"
+    moved = study.with_name("after")
+    shutil.copytree(study, moved)
+    shutil.rmtree(sorted(moved.glob("gn-*"))[1])  # as if it had still to be trained
+    assert "2 runs: 1 waiting, 1 finished" in screen(moved)[0]
+    for part in ("*.pt", "events*", ".lock", "log.txt"):  # what is left of it in a repository
+        for file in moved.glob(f"*/{part}"):
+            file.unlink()
+    (moved / COMMANDS).unlink()
+    assert "1 runs: 1 finished" in screen(moved)[0]
+
+
+def test_a_command_that_no_longer_composes_hides_no_run(train, tmp_path):
+    (tmp_path / "norm").mkdir()
+    (tmp_path / "norm" / "mine.yaml").write_text("name: gn\ngroups: 8\nmin_channels: 1\n")
+    swept = ["-m", "norm=mine,bn", "recipe.updates=1", "study=a"]
+    done = train(f"--config-dir={tmp_path}", *swept)
+    assert done.status == 0, done.err
+    study = done.runs / "a"
+    (study / COMMANDS).write_text("norm=mine,bn study=a\nnorm=bn study=a 'seed=\n")
+    head, *lines = screen(study)
+    assert "2 runs: 2 finished" in head
+    assert any("commands.txt: norm=mine,bn study=a: norm=mine: unknown" in line for line in lines)
+    failing = train(*swept, "batch=9999", f"hydra.searchpath=[file://{tmp_path}]")
+    assert failing.status != 0
+    assert "study.py  shows" not in failing.err
 
 
 def test_a_narrow_board_keeps_the_state_and_some_of_the_rest(tmp_path):
@@ -163,7 +212,7 @@ def test_a_narrow_board_keeps_the_state_and_some_of_the_rest(tmp_path):
     def shown(height):
         console = Console(width=60)
         with console.capture() as capture:
-            console.print(board(tmp_path, runs, height)[0])
+            console.print(board(tmp_path, runs, (), height)[0])
         found = capture.get()
         return found[found.index("gn-b32") :].splitlines()
 
@@ -221,11 +270,7 @@ def test_command_line(tmp_path):
 @pytest.mark.parametrize("name", ["finished", "diverged"])
 def test_watching_ends_when_all_is_over(tmp_path, name):
     study = tmp_path / "study"
-    folder = study / "gn-b2-s0"
-    folder.mkdir(parents=True)
-    (folder / ".lock").touch()
-    result = {"status": name, "top1": None, "updates": 3, "wall_seconds": 1.0}
-    (folder / "result.json").write_text(json.dumps(result))
+    finished(study / "gn-b2-s0", status=name)
     command = [sys.executable, str(ROOT / "scripts" / "study.py"), str(study), "--watch"]
     shown = subprocess.run(command, capture_output=True, text=True, timeout=100)
     assert shown.returncode == 0, shown.stderr

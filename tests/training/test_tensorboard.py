@@ -112,7 +112,7 @@ def test_hparams_of_a_study(train, tmp_path):
         assert re.fullmatch(r"mine/(bn|gn)-b(16|32)-s1-\w+", name)
         expected = {k: result[k] for k in session["hparams"]}
         assert session["hparams"] == expected
-        assert {"norm", "batch_size", "sgd_batch", "learning_rate", "seed"} < expected.keys()
+        assert {"norm", "batch_size", "sgd_batch_size", "learning_rate", "seed"} < expected.keys()
         assert {type(v) for v in expected.values()} == {str, int, float}
         known = {k: result[k] for k in RESULTS if result[k] is not None}
         assert metrics(session) == pytest.approx(known, rel=1e-6)
@@ -120,7 +120,7 @@ def test_hparams_of_a_study(train, tmp_path):
         assert session["status"] == "STATUS_SUCCESS"
     columns = board.client.post("/data/plugin/hparams/experiment", json={}).json["hparamInfos"]
     assert [c["name"] for c in columns if c["differs"]] == [
-        *("batch_size", "learning_rate", "norm", "seed", "sgd_batch")
+        *("batch_size", "learning_rate", "norm", "seed", "sgd_batch_size")
     ]
     assert {c["name"] for c in columns} == set(sessions[name]["hparams"])
 

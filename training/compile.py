@@ -1,0 +1,98 @@
+"""How a run's network is computed: compiled as a whole, layer by layer, or as it is written."""
+
+import copy
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from norms.layer import Leaf
+
+Mode = Literal["network", "layers", "false"]
+
+# On one core at 2.5 GHz: what convolutions do in a second, forward and backward, and how long an
+# update takes to start however small it is.
+MULTIPLY_ADDS = 15e9
+START = 3e-3
+# Compiling ResNet-20 takes a core 25 to 80 seconds the first time, and saves a tenth (`gn`) to a
+# half (`bn` in groups) of a step: results/training.
+WORTH = 300
+SHARED = 1e8  # multiply-adds of a forward pass from which two threads take less time than one
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How to compute, and why so."""
+
+    mode: Mode
+    reason: str
+
+
+EAGER = Choice("false", "as told")
+
+
+def multiply_adds(model: nn.Module, shape: tuple[int, int, int]) -> int:
+    """Of one image's forward pass, counted on the meta device."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = copy.deepcopy(model).to("meta").eval()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.empty(1, *shape, device="meta"))
+    return counter.get_total_flops() // 2
+
+
+def seconds(multiply_adds: int, updates: int, images: int) -> float:
+    """About how long a training takes on one core; `images`: of an update on this device."""
+    return updates * (START + 3 * images * multiply_adds / MULTIPLY_ADDS)
+
+
+def choose(wish: str | bool, device: str, expected: float, before: Mode | None) -> Choice:
+    """`wish`: the key `runtime.compile`; `device`: its type; `expected`: seconds of training on one
+    core; `before`: how a checkpoint was computed, which `auto` keeps to."""
+    if wish != "auto":
+        return Choice(wish or "false", "as told")  # type: ignore[arg-type]
+    if before:
+        return Choice(before, "as its checkpoint was made")
+    if device != "cpu":
+        return Choice("network", f"on device={device}")
+    if expected < WORTH:
+        return Choice("false", "training is too short to gain from compiling")
+    return Choice("network", "training is long enough to gain from compiling")
+
+
+def threads(wish: str | int, multiply_adds: int, images: int) -> int | None:
+    """`runtime.threads`: None leaves the number to PyTorch. `auto` takes one where a forward pass
+    of so many images is too small to be worth sharing."""
+    if wish != "auto":
+        return int(wish)
+    return 1 if images * multiply_adds < SHARED else None
+
+
+def own_layers(model: nn.Module) -> list[nn.Module]:
+    """Our norms and convolutions, but for those that lie in another."""
+    inside: set[nn.Module] = set()
+    for layer in model.modules():
+        if isinstance(layer, Leaf):
+            inside |= {*layer.modules()} - {layer}
+    return [x for x in model.modules() if isinstance(x, Leaf) and x not in inside]
+
+
+def compiled(model: nn.Module, mode: Mode) -> Any:
+    """What computes, with the weights of `model`; compiles when it is called."""
+    if mode == "false":
+        return model
+    torch.compiler.reset()  # an earlier run's code of this process does not fit
+    # An entry for each layer, shape and mode; an error, not quietly eager, when they are used up.
+    torch._dynamo.config.recompile_limit = 1024
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    if mode == "network":
+        return torch.compile(model, dynamic=False)
+    for layer in own_layers(model):
+        layer.compile(dynamic=False)
+    return model
+
+
+def first_line(error: Exception) -> str:
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__

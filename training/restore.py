@@ -1,0 +1,67 @@
+"""The trained network of a run, from the files of its folder."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+import models
+import norms
+from models.weights import of_checkpoint
+from training import protocol
+from training.files import read, read_result
+
+
+def network(cfg: DictConfig, plan: protocol.Plan, classes: int, channels: int) -> Any:
+    """The scheme and the untrained network of a run, on the device of the context."""
+    options = {k: v for k, v in cfg.norm.items() if k != "name"}
+    sizes = dict(batch_size=plan.batch, sgd_batch_size=plan.share)
+    scheme = norms.build(cfg.norm.name, **sizes, **options)
+    keys = {**cfg.model, "weights": None}
+    return scheme, models.build(**keys, scheme=scheme, num_classes=classes, in_channels=channels)
+
+
+def configuration(run: Path) -> Any:
+    """The configuration of a run, finished or not."""
+    file = run / ".hydra" / "config.yaml"
+    if not file.exists():
+        raise ValueError(f"{run}: not a run; expected a folder such as runs/quickstart/bn-b2-s0")
+    return OmegaConf.create(read(file, "batch", "norm", "model", "protocol", "recipe"))
+
+
+def outcome(run: Path) -> dict[str, Any]:
+    """What a finished run came to. Raises `ValueError` if it diverged."""
+    result = read_result(run)
+    if result["status"] == "diverged":
+        raise ValueError(f"{run}: diverged, so it has no trained network; expected a finished run")
+    return result
+
+
+def trained(
+    run: Path, cfg: Any, classes: int, channels: int, averaged: bool = True
+) -> tuple[nn.Module, norms.Scheme, dict[str, Any]]:
+    """The network of a run's last checkpoint in evaluation mode, with the moving average of its
+    weights where there is one and `averaged`; its scheme; the checkpoint."""
+    scheme, model = network(cfg, protocol.plan(cfg), classes, channels)
+    try:
+        state = torch.load(run / "last.pt", map_location="cpu", weights_only=True)
+        model.load_state_dict(of_checkpoint(state, averaged))
+    except Exception as error:  # of zipfile, pickle and torch, for whatever the file holds
+        what = " ".join(str(error).split())[:100]
+        raise ValueError(
+            f"{run / 'last.pt'}: missing, damaged or of another network ({what}); overwrite=true "
+            f"trains it again"
+        ) from error
+    return model.eval(), scheme, state
+
+
+def load(run: Path) -> tuple[nn.Module, norms.Scheme, dict[str, Any]]:
+    """The trained network of a finished run in evaluation mode, its scheme and its result."""
+    cfg = configuration(run)
+    if not (run / "result.json").exists():
+        raise ValueError(f"{run}: not finished; the command that trains it goes on where it is")
+    result = outcome(run)
+    model, scheme, _ = trained(run, cfg, result["classes"], result["image_shape"][0])
+    return model, scheme, result
