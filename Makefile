@@ -1,7 +1,7 @@
 # make quickstart   train six schemes at four batch sizes, then show the table and the figure
 # make test         the test suite
 # make lint         formatting, lint and types
-# make bench        the benchmarks, at sizes for two CPU cores
+# make bench        the benchmarks, at sizes for minutes on two CPU cores; nothing compiled
 # make setup        the environment in .venv (the others do this too)
 
 PYTHON ?= python3
@@ -15,6 +15,7 @@ setup: .venv/done
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "error: Python 3.11 or newer is needed, and $(PYTHON) is older; make PYTHON=python3.12"; exit 1; }
 	$(PYTHON) -m venv .venv
+	@rm -rf build  # of an earlier installation, whose files would be installed too
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt '.[dev]'
 	@rm -rf build smallbatch.egg-info
 	@touch $@
@@ -35,10 +36,10 @@ test: setup
 bench: setup
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt '.[peers]'
 	@rm -rf build smallbatch.egg-info
-	$(BIN)/python benchmarks/layers.py --quick --out runs/benchmarks/layers
-	$(BIN)/python benchmarks/training.py --rounds 5 --out runs/benchmarks/training
-	$(BIN)/python benchmarks/inference.py --quick --out runs/benchmarks/inference
-	$(BIN)/python benchmarks/process.py --rounds 3 --out runs/benchmarks/process
+	$(BIN)/python -m benchmarks.layers --quick --eager --rounds 5 --out runs/benchmarks/layers
+	$(BIN)/python -m benchmarks.training --quick --ways eager --rounds 5 --out runs/benchmarks/training
+	$(BIN)/python -m benchmarks.inference --quick --out runs/benchmarks/inference
+	$(BIN)/python -m benchmarks.process --rounds 3 --out runs/benchmarks/process
 
 lint: setup
 	$(BIN)/ruff format --check .

@@ -1,13 +1,13 @@
 """One part of scripts/gpu_session.sh: measured cell by cell, within a time limit, going on from
 what is already there.
 
-    python3 benchmarks/gpu.py PART --seconds 540 [--tiny]
-    python3 benchmarks/gpu.py --show PART…          # the tables of what is there
+    python3 -m benchmarks.gpu PART --seconds 540 [--tiny]
+    python3 -m benchmarks.gpu --show PART…          # the tables of what is there
 
-A part is a module with `cells(session)`, names and what measures them, most interesting first, and
-`table(result)`, the lines to be printed. PART.json is written after every cell. A cell that fails
-is one line in it, and is tried again by the next call; one that is stopped by the limit is not in
-it. `--tiny` rehearses on the CPU with the smallest sizes.
+A part is a module with `cells(session)`, names and what measures them, most interesting first; a
+cell has what is printed of it as `told`, or the module says it in `table(result)`. PART.json is
+written after every cell. A cell that fails is one line in it, and is tried again by the next call;
+one that is stopped by the limit is not in it. `--tiny` rehearses on the CPU.
 """
 
 import argparse
@@ -16,16 +16,16 @@ import json
 import os
 import re
 import signal
-import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import torch
 
+from benchmarks import harness
 from training.files import write
 
 PARTS = {  # and the modules that measure them
@@ -71,22 +71,21 @@ class Cells:
         self.session, self.file = session, session.out / f"{session.part}.json"
         self.started, self.armed = time.time(), False
         empty: dict[str, Any] = {"part": session.part, "sessions": [], "cells": {}}
-        self.result: dict[str, Any] = json.loads(self.file.read_text()) if self.there() else empty
+        self.result: dict[str, Any] = (
+            json.loads(self.file.read_text()) if self.file.exists() else empty
+        )
         same = self.result["sessions"] and self.result["sessions"][-1]["until"] == session.until
         if not same:  # it is not this session that had to start again
             self.result["sessions"].append(
                 {
                     "date": time.strftime("%Y-%m-%d %H:%M:%S %z"),
                     "until": session.until,
-                    "command": command(sys.argv[1:]),
+                    "command": harness.command("gpu"),
                     "environment": versions(session.device),
                 }
             )
         self.number = len(self.result["sessions"]) - 1
         self.save()
-
-    def there(self) -> bool:
-        return self.file.exists()
 
     def save(self) -> None:
         self.file.parent.mkdir(parents=True, exist_ok=True)
@@ -120,19 +119,18 @@ class Cells:
                     raise TimeUp
                 values = measures[key]()
                 self.armed = False
-                values = {**values, "seconds": round(time.time() - start, 1)}
             except (TimeUp, Exception) as error:  # whatever it is, others are still to be measured
                 self.armed = False
                 if isinstance(error, TimeUp) or self.session.left() <= 0:
                     self.say(f"time is up before {key}; the same command goes on from here")
-                    self.result["cells"] |= {key: before}
-                    if before is None:
-                        del self.result["cells"][key]
+                    del self.result["cells"][key]
+                    self.result["cells"] |= {key: before} if before else {}
                     self.save()
                     break
                 values = {"error": one_line(error)}
-            self.add(key, values)
-            said = f"error: {values['error']}" if "error" in values else f"{values['seconds']} s"
+            took = round(time.time() - start, 1)
+            self.add(key, {**values, "seconds": took})
+            said = f"error: {values['error']}" if "error" in values else f"{took} s"
             self.say(f"{number}/{len(todo)} {key}: {said}")
             if "error" in values and not answers(self.session.device):
                 self.say("the device does not answer any more")
@@ -144,16 +142,6 @@ class Cells:
             raise TimeUp
 
 
-def command(arguments: list[str]) -> str:
-    """As it was called, without this machine's paths."""
-    paths = ("--out", "--data", "--photos", "--runs")
-    told = [
-        "FOLDER" if before in paths else re.sub(f"^({'|'.join(paths)})=.*", r"\1=FOLDER", word)
-        for before, word in zip(["", *arguments], arguments, strict=False)
-    ]
-    return " ".join(["python3 benchmarks/gpu.py", *told])
-
-
 def one_line(error: BaseException) -> str:
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:300]}"
@@ -161,8 +149,6 @@ def one_line(error: BaseException) -> str:
 
 def answers(device: str) -> bool:
     """Whether a GPU still computes, after an error that may have been one of its own."""
-    import torch
-
     try:
         if device == "cuda":
             torch.cuda.empty_cache()
@@ -173,32 +159,16 @@ def answers(device: str) -> bool:
 
 
 def versions(device: str) -> dict[str, Any]:
-    import torch
-
-    from benchmarks.inference import environment
-
-    found = environment(torch.device(device)) | {"cores": len(os.sched_getaffinity(0))}
-    if device == "cuda":
-        driver = Path("/proc/driver/nvidia/version")
-        text = driver.read_text() if driver.exists() else ""
-        said = re.search(r"Kernel Module.*?(\d+\.\d+[.\d]*)", text)
-        found |= {"driver": said[1] if said else None, "cuda": torch.version.cuda}
-        found |= {"cudnn": torch.backends.cudnn.version()}
-        found |= {"tf32_convolutions": torch.backends.cudnn.allow_tf32}
-    for name in ("torchvision", "timm", "triton", "hydra-core"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = None
-    return found
+    found = harness.machine(torch.device(device)) | {"cores": len(os.sched_getaffinity(0))}
+    found |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
+    there = {d.name: d.version for d in distributions()}
+    return found | {n: there.get(n) for n in ("torchvision", "timm", "triton", "hydra-core")}
 
 
 def folder(tiny: bool) -> Path:
     """Where results are, by default: those of a card beside the other results."""
     if tiny:
         return Path("runs/gpu/cpu")
-    import torch
-
     if not torch.cuda.is_available():
         raise ValueError("torch finds no GPU here; --tiny rehearses on the CPU")
     name = torch.cuda.get_device_name()
@@ -206,16 +176,15 @@ def folder(tiny: bool) -> Path:
 
 
 def show(part: str, out: Path) -> None:
-    file = out / f"{part}.json"
+    file, module = out / f"{part}.json", importlib.import_module(f"benchmarks.{PARTS[part]}")
+    print(f"\n{part}: {file if file.exists() else 'nothing yet'}")
     if not file.exists():
-        print(f"\n{part}: nothing yet")
         return
     result = json.loads(file.read_text())
-    print(f"\n{part}: {file}")
-    print("\n".join(importlib.import_module(f"benchmarks.{PARTS[part]}").table(result)))
+    lines = module.table(result) if hasattr(module, "table") else []
     for key, cell in result["cells"].items():
-        if "error" in cell:
-            print(f"{key}: {cell['error']}")
+        lines += [f"{key}: {cell[name]}" for name in ("told", "error") if name in cell]
+    print("\n".join(lines))
 
 
 def main() -> None:
@@ -250,8 +219,6 @@ def main() -> None:
         session = Session(args.parts[0], out, until, **{key: getattr(args, key) for key in keys})
         module = importlib.import_module(f"benchmarks.{PARTS[session.part]}")
         if session.tiny:
-            import torch
-
             torch.set_num_threads(1)
         cells = Cells(session)
         try:

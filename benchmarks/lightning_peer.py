@@ -1,19 +1,15 @@
 """A peer of benchmarks/process.py: the training of benchmarks/plain.py as Lightning's documentation
 writes it.
 
-    python benchmarks/lightning_peer.py DATA --model resnet8 --batch 2 --epochs 2 --workers 1
+    python -m benchmarks.lightning_peer DATA --model resnet8 --batch 2 --epochs 2 --workers 1
 
 The `Trainer` has its defaults (logs, a checkpoint after every epoch) but for one device, no
 progress bar, which costs it time at every step, and no validation before the training, which the
 others do not do either.
 """
 
-import sys
 import time
-from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import lightning as L
 from torch import Tensor, nn

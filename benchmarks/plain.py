@@ -2,17 +2,14 @@
 write it. PIL images from folders, a `DataLoader` with workers, a loss and an accuracy fetched from
 the device at every step, all images evaluated after every epoch.
 
-    python benchmarks/plain.py DATA --model resnet8 --batch 2 --epochs 2 --workers 1 --threads 1
+    python -m benchmarks.plain DATA --model resnet8 --batch 2 --epochs 2 --workers 1 --threads 1
 
 benchmarks/lightning_peer.py trains with the same data, network and optimizer.
 """
 
 import argparse
-import sys
 import time
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 import torchvision.transforms as T

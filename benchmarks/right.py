@@ -1,81 +1,69 @@
 """Whether a GPU computes what it should: tests/test_gpu.py, part `right` of gpu_session.sh.
 
-A cell is a test; one that has passed is not run again. Without a GPU those for one are skipped,
-and counted by reason.
+A cell is a test function with all its parameters; one whose tests have all passed, or were skipped,
+is not run again. Without a GPU those for one are skipped, and counted by reason.
 """
 
-import os
+import ast
 from collections import Counter
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import pytest
 
-from benchmarks.gpu import AGAIN, Cells, answers
+from benchmarks.gpu import Measure, Session, TimeUp
+from benchmarks.harness import ROOT
 
-TESTS = Path(__file__).resolve().parent.parent / "tests" / "test_gpu.py"
-QUICK = "convolution or captured or torchrun"  # of a rehearsal
+TESTS = ROOT / "tests" / "test_gpu.py"
+QUICK = "pws or torchrun"  # of a rehearsal
 
 
 class Recorder:
-    """A plug-in of pytest that keeps every outcome, and stops in time."""
+    """A plug-in of pytest that counts outcomes, and stops in time."""
 
-    def __init__(self, cells: Cells):
-        self.cells = cells
-
-    def outcome(self, item: pytest.Item) -> str | None:
-        return self.cells.result["cells"].get(item.name, {}).get("outcome")
-
-    def known(self, item: pytest.Item) -> bool:
-        """Whether it has passed, or has been run in this session."""
-        session = self.cells.result["cells"].get(item.name, {}).get("session")
-        return self.outcome(item) == "passed" or session == self.cells.number
-
-    @pytest.hookimpl(trylast=True)
-    def pytest_collection_modifyitems(self, config: pytest.Config, items: list[Any]) -> None:
-        done = [item for item in items if self.known(item)]
-        self.cells.say(f"{len(done)} of {len(items)} tests have passed already")
-        config.hook.pytest_deselected(items=done)
-        items[:] = [item for item in items if not self.known(item)]
-        items.sort(key=lambda item: self.outcome(item) == "failed")  # last: they may not come back
+    def __init__(self, session: Session):
+        self.session, self.counts = session, Counter[str]()
+        self.reasons, self.errors = Counter[str](), dict[str, str]()
 
     def pytest_runtest_setup(self, item: pytest.Item) -> None:
-        if self.cells.session.left() <= 0:
-            pytest.exit(f"time is up before {item.name}; the same command goes on from here", 0)
-        if item.get_closest_marker("gpu"):
-            self.cells.add(item.name, {"outcome": "failed", "error": "did not come back"})
+        if self.session.left() <= 0:
+            pytest.exit("time is up", 0)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        name = report.nodeid.rpartition("::")[2]
         if report.when != "call" and report.passed:
             return
-        values: dict[str, Any] = {"outcome": report.outcome, "seconds": round(report.duration, 2)}
+        self.counts[report.outcome] += 1
         if report.skipped and isinstance(report.longrepr, tuple):
-            values["reason"] = report.longrepr[2].removeprefix("Skipped: ")
+            self.reasons[report.longrepr[2].removeprefix("Skipped: ")] += 1
         elif report.failed:
-            values["error"] = str(report.longrepr).strip().splitlines()[-1][:300]
-            values["traceback"] = str(report.longrepr)[-3000:]
-        self.cells.add(name, values)
-        if report.failed:
-            self.cells.say(f"{name}: {values['error']}")
-        elif len(self.cells.result["cells"]) % 50 == 0:
-            self.cells.say(f"{len(self.cells.result['cells'])} tests")
-        if report.failed and not answers(self.cells.session.device):
-            os._exit(AGAIN)
+            self.errors[report.nodeid.rpartition("::")[2]] = str(report.longrepr)[-1500:]
 
 
-def run(cells: Cells) -> None:
+def tested(function: str, session: Session) -> dict[str, Any]:
     # Its own settings: a warning of another version must not look like a wrong result.
-    arguments = [str(TESTS), "--no-header", "--no-summary", "--tb=short", "-W", "default"]
-    arguments += ["-k", QUICK] if cells.session.tiny else []
-    status = pytest.main(arguments, plugins=[Recorder(cells)])
-    if status not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
-        raise ValueError(f"pytest: exit status {int(status)}, see above")
+    arguments = [f"{TESTS}::{function}", "--no-header", "--no-summary", "-q", "-W", "default"]
+    recorder = Recorder(session)
+    pytest.main([*arguments, *(["-k", QUICK] if session.tiny else [])], plugins=[recorder])
+    if session.left() <= 0:
+        raise TimeUp
+    found = {"counts": recorder.counts, "reasons": recorder.reasons, "failures": recorder.errors}
+    if recorder.errors:
+        names = ", ".join(recorder.errors)
+        found["error"] = f"{len(recorder.errors)} tests failed: {names}"[:300]
+    return found
+
+
+def cells(session: Session) -> dict[str, Measure]:
+    body = ast.parse(TESTS.read_text()).body
+    names = [node.name for node in body if isinstance(node, ast.FunctionDef)]
+    tests = [name for name in names if name.startswith("test_")]
+    return {name: partial(tested, name, session) for name in tests}
 
 
 def table(result: dict[str, Any]) -> list[str]:
-    every = result["cells"].values()
-    counts = Counter(cell["outcome"] for cell in every)
+    every = [cell for cell in result["cells"].values() if "counts" in cell]
+    counts, reasons = (
+        sum((Counter(c[k]) for c in every), Counter()) for k in ("counts", "reasons")
+    )
     lines = [", ".join(f"{number} {outcome}" for outcome, number in counts.items()) or "no tests"]
-    reasons = Counter(cell["reason"] for cell in every if "reason" in cell)
     return lines + [f"skipped {number}: {reason}" for reason, number in reasons.items()]

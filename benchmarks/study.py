@@ -25,8 +25,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu import Cells, Measure, Session, TimeUp
+from benchmarks.harness import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 SUMMARY = 30.0  # seconds to stop runs and to draw a table
 STOP = 15.0  # of them, for the launcher to end its runs
 KEPT = (
@@ -105,22 +105,18 @@ def train(cells: Cells, what: str, overrides: list[str]) -> dict[str, Any]:
 
 def folder(session: Session) -> Path:
     """Of the study."""
-    if session.tiny:
-        return session.runs / "tiny"
     names = {"table": "cifar10_table", "direct": "cifar10_table_direct", "resnet34": "pws_cifar10"}
-    return session.runs / names[session.part]
+    return session.runs / ("tiny" if session.tiny else names[session.part])
 
 
 def outcome(run: Path) -> dict[str, Any]:
     """How far a run is: of its result what matters here, and its accuracy by epoch."""
-    file, metrics = run / "result.json", run / "metrics.csv"
+    file, metrics, error = run / "result.json", run / "metrics.csv", run / "error.txt"
     found = json.loads(file.read_text()) if file.exists() else {"status": "unfinished"}
     values = {key: found[key] for key in KEPT if key in found}
     if metrics.exists():
-        with open(metrics) as rows:
-            tops = [row["test_top1"] for row in csv.DictReader(rows)]
-        values["test_top1"] = [round(float(top), 2) for top in tops if top]
-    error = run / "error.txt"
+        rows = csv.DictReader(metrics.read_text().splitlines())
+        values["test_top1"] = [round(float(r["test_top1"]), 2) for r in rows if r["test_top1"]]
     return values | ({"error": error.read_text().strip()} if error.exists() else {})
 
 
@@ -144,28 +140,21 @@ def unpack(study: Path, archive: Path) -> None:
 
 
 def summarize(session: Session, cells: Cells) -> None:
-    study, archive = folder(session), session.out / f"{session.part}-runs.tar.gz"
+    study, lr = folder(session), session.lr
     runs = {path.parent.name: outcome(path.parent) for path in sorted(study.glob("*/.hydra"))}
+    told = f"recipe.lr={lr}" if lr else "the recipe's, not chosen"
+    cells.result["setting"] = {"at_once": session.at_once, "learning_rate": told}
     cells.result["runs"] = runs
-    cells.result["setting"] = {
-        "at_once": session.at_once,
-        "learning_rate": f"recipe.lr={session.lr}" if session.lr else "the recipe's, not chosen",
-    }
     cells.save()
-    if not any(run["status"] != "unfinished" for run in runs.values()):
-        return
-    pack(study, archive)
-    out = study.parent / f"{study.name}-table"
-    command = [sys.executable, "scripts/table.py", str(study), "--out", str(out)]
-    left = max(5.0, session.until - time.time() - 2)
-    subprocess.run(command, cwd=ROOT, timeout=left, stdout=subprocess.DEVNULL, check=True)
-    for made, name in {
-        "table.md": ".md",
-        "table.csv": ".csv",
-        "accuracy_vs_batch.png": ".png",
-    }.items():
-        if (ROOT / out / made).exists():
-            shutil.copy(ROOT / out / made, session.out / f"{session.part}{name}")
+    if any(run["status"] != "unfinished" for run in runs.values()):
+        pack(study, session.out / f"{session.part}-runs.tar.gz")
+        out = study.parent / f"{study.name}-table"
+        command = [sys.executable, "scripts/table.py", str(study), "--out", str(out)]
+        left = max(5.0, session.until - time.time() - 2)
+        subprocess.run(command, cwd=ROOT, timeout=left, stdout=subprocess.DEVNULL, check=True)
+        for made in ("table.md", "table.csv", "accuracy_vs_batch.png"):
+            if (out / made).exists():
+                shutil.copy(out / made, session.out / f"{session.part}{Path(made).suffix}")
 
 
 def run(cells: Cells) -> None:
@@ -173,14 +162,12 @@ def run(cells: Cells) -> None:
     session.runs, session.out = session.runs.absolute(), session.out.absolute()
     unpack(folder(session), session.out / f"{session.part}-runs.tar.gz")
     planned = sweeps(session)
-    measures: dict[str, Measure] = {}
-    if any(cells.open(what) for what in planned):
-        cells.result["cells"].pop("data", None)  # of another machine, perhaps
-        measures["data"] = partial(read, next(iter(planned.values())))
-    measures |= {what: partial(train, cells, what, planned[what]) for what in planned}
-    cells.run(measures)
-    if "data" not in measures:
+    if not any(cells.open(what) for what in planned):
+        cells.say(f"{len(planned)} of {len(planned)} cells are there already")
         return
+    cells.result["cells"].pop("data", None)  # of another machine, perhaps
+    measures: dict[str, Measure] = {"data": partial(read, next(iter(planned.values())))}
+    cells.run(measures | {what: partial(train, cells, what, planned[what]) for what in planned})
     try:
         summarize(session, cells)
     except (subprocess.SubprocessError, OSError, ValueError) as error:
@@ -189,15 +176,10 @@ def run(cells: Cells) -> None:
 
 def table(result: dict[str, Any]) -> list[str]:
     """Every run: its accuracy, or how far it is."""
-    lines = []
-    for name, run in result.get("runs", {}).items():
+    runs, lines = result.get("runs", {}), []
+    for name, run in runs.items():
         tops = run.get("test_top1", [])
-        told = f"{run['status']}, {len(tops)} epochs"
-        told += f", top-1 {tops[-1]:.2f}, best {max(tops):.2f}" if tops else ""
-        if run.get("images_per_second"):
-            told += f", {run['images_per_second']:.0f} images/s, {run['wall_seconds']:.0f} s"
-        lines.append(f"{name}: {told}")
-    finished = [run for run in result.get("runs", {}).values() if run["status"] == "finished"]
-    took = sum(result.get("spent", {}).values())
-    lines.append(f"{len(finished)} runs finished in {took:.0f} s")
-    return lines
+        told = f", top-1 {tops[-1]:.2f}, best {max(tops):.2f}" if tops else ""
+        lines.append(f"{name}: {run['status']}, {len(tops)} epochs{told}")
+    finished = sum(run["status"] == "finished" for run in runs.values())
+    return [*lines, f"{finished} runs finished in {sum(result.get('spent', {}).values()):.0f} s"]

@@ -1,60 +1,102 @@
-"""What a scheme costs in training: the time of an optimizer step, and memory.
+"""What a scheme costs in training: the time of an optimizer step, eager and compiled, how long it
+takes to compile, and memory.
 
-    python benchmarks/training.py [NORM …] [--model resnet20] [--size 32] [--forward 64]
+    python -m benchmarks.training [NORM …] [--before FOLDER] [--ways eager layers network]
 
-Time: forward, backward and optimizer step, protocol `ghost`, one forward pass of `--forward` images
-for every batch size; at the last batch size, which is all of them, `bn` is PyTorch's own layer. On
-one thread of a CPU it is the thread's own time, which other programs on the machine do not add to.
-A round times every network once, in shuffled order; ratios to `bn` are taken within a round.
+Time: forward, backward and optimizer step of `--images` images in groups of `--batch` that share
+statistics (protocol `ghost`); `nn.BatchNorm2d` is PyTorch's own layer over all of them. As it is
+(eager), with the layers compiled one by one (layers), and compiled as a whole (network), in both
+memory formats, all in one run; `--before` measures another checkout's layers in the same rounds,
+from a process of their own as every scheme's are. On one thread of a CPU the clock is the process's
+own time, which other programs do not add to. Ratios are to the fastest `nn.BatchNorm2d` of all ways
+and formats; the second table has the fastest of each scheme.
+
+Compile: seconds of the first step, with an empty cache of compiled code, and in a new process with
+what that left; channels-last.
 
 Memory: weights, gradients, momentum and what the forward pass keeps for the backward one, counted
 on the meta device for ResNet-50, 32 images of 224 pixels and batch size 2.
-
-Writes training.json and, into README.md, the table; what stands around it is written by hand.
 """
 
 import argparse
-import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
+import numpy as np
 import torch
-import torch.nn.functional as F
-from omegaconf import OmegaConf
-from torch import Tensor
 
 import models
 import norms
-from benchmarks.inference import environment, measure, publish, summary
-from training import device
+from benchmarks import harness
+from benchmarks.harness import say
+from benchmarks.worker import FORMATS
 from training.cost import memory
-from training.optimizer import sgd
 
-SCHEMES = ["bn", "gn", "ws_gn", "bcn", "pws", "mabn", "brn"]
-RECIPE = Path(__file__).resolve().parent.parent / "configs" / "recipe" / "cifar.yaml"
+BASE = "nn.BatchNorm2d"
+SCHEMES = ["bn", "bcn", "mabn", "gn", "ws_gn", "pws"]
+WAYS = ["eager", "layers", "network"]
+LIBRARY = (BASE, "gn")  # have no layer of ours to compile
 LARGE = {"model": "resnet50", "images": 32, "size": 224, "batch": 2}  # for memory
+Case = tuple[str, str, str, str]  # scheme, code (now or before), way, memory format
 
 
-def step(name: str, model: str, batch: int, where: torch.device) -> Callable[[Tensor], None]:
-    """An optimizer step of a network in training, on the images that it is given. The learning rate
-    is 0, so that no round differs from the one before."""
-    torch.manual_seed(0)
-    scheme = norms.build(name, batch_size=batch)
-    network = models.build(model, scheme=scheme, num_classes=10, zero_init=False)
-    layout = device.memory_format("auto", scheme.channels_last)
-    network.to(where).to(memory_format=layout)
-    optimizer = sgd(network.train(), OmegaConf.load(RECIPE), lr=0.0)
+def cases(args: argparse.Namespace) -> list[Case]:
+    names = dict.fromkeys([BASE, *args.norms])
+    codes = ["now", *(["before"] if args.before else [])]
+    return [
+        (name, code, way, format)
+        for name in names
+        for code in codes
+        for way in args.ways
+        for format in FORMATS
+        if not (name in LIBRARY and (way == "layers" or code == "before"))
+        and not (way == "layers" and code == "before")
+    ]
 
-    def run(x: Tensor) -> None:
-        optimizer.zero_grad()
-        F.cross_entropy(network(x), torch.arange(len(x), device=where) % 10).backward()
-        optimizer.step()
 
-    return run
+def sizes(args: argparse.Namespace) -> dict[str, Any]:
+    return {key: getattr(args, key) for key in ("model", "images", "size", "batch")}
+
+
+def measure(args: argparse.Namespace) -> dict[Case, Any]:
+    """Milliseconds of every case in every round."""
+    folders = {"now": harness.ROOT, "before": args.before}
+    grouped: dict[Any, dict[Case, dict[str, Any]]] = {}
+    for case in cases(args):
+        name, code, way, format = case
+        asked = dict(what="network", name=name, way=way, format=format, **sizes(args))
+        grouped.setdefault((name, folders[code]), {})[case] = asked
+    return harness.measure(grouped, args.rounds, args.threads)[0]
+
+
+def fastest(times: dict[Case, Any], name: str, code: str) -> Case:
+    own = [case for case in times if case[:2] == (name, code)]
+    return min(own, key=lambda case: float(np.median(times[case])))
+
+
+def rows(times: dict[Case, Any]) -> list[dict[str, Any]]:
+    base = times[fastest(times, BASE, "now")]
+    return [
+        dict(zip(("norm", "code", "way", "format"), case, strict=True))
+        | harness.spread(own, "ms")
+        | harness.ratio(own, base)
+        for case, own in times.items()
+    ]
+
+
+def best(times: dict[Case, Any]) -> list[dict[str, Any]]:
+    """Of each scheme, and beside the fastest of the other checkout."""
+    found = []
+    for name in dict.fromkeys(case[0] for case in times):
+        now = fastest(times, name, "now")
+        row: dict[str, Any] = {"norm": name, "way": now[2], "format": now[3]}
+        row |= harness.ratio(times[now], times[fastest(times, BASE, "now")])
+        if any(case[:2] == (name, "before") for case in times):
+            before = fastest(times, name, "before")
+            row |= {"before_way": before[2], "before_format": before[3]}
+            row |= harness.ratio(times[now], times[before], "to_before")
+        found.append(row)
+    return found
 
 
 def needs(name: str, large: dict[str, Any]) -> int:
@@ -65,81 +107,77 @@ def needs(name: str, large: dict[str, Any]) -> int:
     return memory(network, (large["images"], 3, large["size"], large["size"]), half=False)
 
 
-def markdown(result: dict[str, Any]) -> str:
-    """The table and how it was measured."""
-    batches = result["setting"]["batches"]
-    heads = [f"batch {b}, ms | to `bn`" for b in batches]
-    lines = [f"| `norm=` | {' | '.join(heads)} | memory, GiB | to `bn` |"]
-    lines.append("|---|" + "---:|" * (lines[0].count("|") - 2))
-    base = result["rows"][0]["memory_bytes"]
-    for r in result["rows"]:
-        pairs = [
-            f"{r[f'batch_{b}_ms']:.0f} ({r[f'batch_{b}_iqr_ms']:.0f}) | "
-            f"{r[f'ratio_to_bn_batch_{b}']:.2f}"
-            for b in batches
-        ]
-        held = r["memory_bytes"]
-        pairs.append(f"{held / 2**30:.2f} | {held / base:.2f}")
-        lines.append(f"| {r['norm']} | {' | '.join(pairs)} |")
-    told = result["setting"] | result["environment"]
-    large = result["memory_setting"]
-    lines.append("\nMedians over the rounds (interquartile range), ratios within a round: ")
-    lines[-1] += ", ".join(f"{k} {v}" for k, v in told.items()) + ". Memory: "
-    lines[-1] += ", ".join(f"{k} {v}" for k, v in large.items()) + "."
-    return f"    {result['command']}\n\n" + "\n".join(lines) + "\n"
+def compile_times(args: argparse.Namespace) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = []
+    for name in dict.fromkeys([BASE, *args.norms]):
+        for way in args.ways:
+            if way != "eager" and not (way == "layers" and name in LIBRARY):
+                case = dict(what="network", name=name, way=way, format="channels-last")
+                found.append({"norm": name, "way": way})
+                found[-1] |= harness.compile_seconds(args.threads, **case, **sizes(args))
+                say(f"compiled: {found[-1]}")
+    return found
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
-    add("norms", nargs="*", default=SCHEMES, metavar="NORM", help="schemes; bn always is one")
-    add("--model", default="resnet20")
-    for key, default in dict(forward=64, size=32, threads=1, rounds=15).items():
-        add(f"--{key}", type=int, default=default, help=f"default: {default}")
-    add("--device", default="cpu", help="cpu (default), cuda, cuda:1, …")
-    add("--quick", action="store_true", help="resnet8, 16 pixels, 2 rounds; memory of resnet18, 64")
-    add("--out", type=Path, help="folder; default: results/training, quick: runs/training")
-    args = parser.parse_args()
-    if args.quick:
-        args.model, args.size, args.rounds = "resnet8", 16, 2
-    args.out = args.out or Path("runs/training" if args.quick else "results/training")
-    if min(args.size, args.threads, args.rounds) < 1:
-        parser.error("--size, --threads, --rounds: expected whole numbers from 1")
-    if args.forward < 64 or args.forward % 32:
-        parser.error(f"--forward {args.forward}: expected a multiple of 32 from 64")
-    try:
-        run(args)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+def tables(result: dict[str, Any]) -> list[str]:
+    by = {(r["norm"], r["code"], r["way"], r["format"]): r for r in result["rows"]}
+    lines: list[list[Any]] = []
+    for name, code, way in dict.fromkeys(key[:3] for key in by):
+        lines.append([name, way if code == "now" else f"{way}, before"])
+        for row in (by[name, code, way, format] for format in FORMATS):
+            lines[-1] += [harness.within(row, "ms", 0), harness.within(row, "ratio")]
+    heads = [x for format in FORMATS for x in (f"{format}, ms", f"to `{BASE}`")]
+    made = [harness.table(["`norm=`", "", *heads], lines)]
+    heads = ["fastest", "", f"to `{BASE}`", "before", "to it"]
+    lines = []
+    for row in result["best"]:
+        told = [f"{row['way']}, {row['format']}", harness.within(row, "ratio"), "", ""]
+        if "to_before" in row:
+            told[2] = f"{row['before_way']}, {row['before_format']}"
+            told[3] = harness.within(row, "to_before")
+        lines.append([row["norm"], *told])
+    made.append(harness.table(heads, lines))
+    if result["compile"]:
+        lines = [[r["norm"], r["way"], r["cold_s"], r["warm_s"]] for r in result["compile"]]
+        made.append(harness.table(["compile", "", "cold, s", "warm, s"], lines))
+    held, large = result["memory_bytes"], result["memory_setting"]
+    lines = [[name, size / 2**30, size / held["bn"]] for name, size in held.items()]
+    made.append(harness.table(["memory", "GiB", "to `bn`"], lines))
+    made.append("Memory: " + ", ".join(f"{k} {v}" for k, v in large.items()) + ".")
+    return made
 
 
 def run(args: argparse.Namespace) -> None:
-    where = device.find(args.device)
     torch.set_num_threads(args.threads)
-    own = where.type == "cpu" and args.threads == 1
-    batches, schemes = (2, 32, args.forward), list(dict.fromkeys(["bn", *args.norms]))
+    for name in args.norms:
+        norms.build(name)
+    if args.images % args.batch:
+        raise ValueError(f"--images {args.images}: expected a multiple of --batch {args.batch}")
     large = LARGE | ({"model": "resnet18", "size": 64} if args.quick else {})
-    steps = {(n, f"batch_{b}"): step(n, args.model, b, where) for n in schemes for b in batches}
-    held = {name: needs(name, large) for name in schemes}
-    torch.manual_seed(0)
-    x = torch.randn(args.forward, 3, args.size, args.size).to(where)
-    times = measure(steps, x, args.rounds, time.process_time if own else time.perf_counter)
-    kinds = [f"batch_{b}" for b in batches]
-    setting = {key: getattr(args, key) for key in ("model", "size", "forward", "rounds", "device")}
-    setting |= {"batches": list(batches), "clock": "own time" if own else "wall"}
+    times = measure(args)
     result = {
-        "command": " ".join(["python benchmarks/training.py", *sys.argv[1:]]),
-        "environment": environment(where),
-        "setting": setting,
+        "environment": harness.machine(torch.device("cpu")),
+        "setting": sizes(args)
+        | {"rounds": args.rounds, "clock": "own time" if args.threads == 1 else "wall"},
         "memory_setting": large,
-        "rows": [
-            {"norm": n} | summary(n, times, kinds) | {"memory_bytes": held[n]} for n in schemes
-        ],
+        "rows": rows(times),
+        "best": best(times),
+        "compile": [] if args.quick else compile_times(args),
+        "memory_bytes": {name: needs(name, large) for name in dict.fromkeys(["bn", *args.norms])},
     }
-    publish(args.out, "training", result, markdown(result))
+    harness.publish(args, result, tables(result))
+
+
+def main() -> None:
+    numbers = dict(images=128, batch=2, size=32, threads=1, rounds=15)
+    parser = harness.parser(__doc__, "training", **numbers)
+    add = parser.add_argument
+    add("norms", nargs="*", default=SCHEMES, metavar="NORM", help=f"default: {', '.join(SCHEMES)}")
+    add("--model", default="resnet20", help="default: resnet20")
+    add("--ways", nargs="+", default=WAYS, choices=WAYS, help="default: all")
+    add("--before", type=Path, metavar="FOLDER", help="a checkout to be measured in the same run")
+    add("--quick", action="store_true", help="memory of resnet18, 64; no compile times")
+    harness.main(parser, run)
 
 
 if __name__ == "__main__":

@@ -39,6 +39,8 @@ __all__ = [
     "names",
 ]
 
+__version__ = "0.1.0"
+
 # Files of this folder that are no method:
 _SHARED = {"convert", "fold", "layer", "moments", "scheme", "standardized"}
 
@@ -63,7 +65,7 @@ def build(
     `sgd_batch_size`: images per optimizer step on this device, for the two methods that count in
     such steps (BRN's schedule, MABN's ImageNet version); None: a step per batch for the one, per
     forward pass for the other. Raises `ValueError` for an unknown name or option, naming near
-    matches.
+    matches, and where a method wraps the layer of a library that is not installed.
     """
     if name not in names():
         raise unknown(f"norm={name}", name, names())
@@ -71,7 +73,13 @@ def build(
         not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1
     ):
         raise ValueError(f"batch={batch_size}: expected a whole number of images from 1")
-    make = importlib.import_module(f"{__name__}.{name}").scheme
+    try:
+        make = importlib.import_module(f"{__name__}.{name}").scheme
+    except ModuleNotFoundError as error:
+        library = str(error.name).partition(".")[0]
+        raise ValueError(
+            f"norm={name}: wraps a layer of {library}, which is missing; pip install {library}"
+        ) from None
     parameters = inspect.signature(make).parameters
     known = [p for p in parameters if p not in ("batch_size", "sgd_batch_size")]
     for option in options:

@@ -4,8 +4,8 @@
 #   scripts/gpu_session.sh PART… [--seconds 540] [--out FOLDER] [--tiny] [--data CIFAR] [--photos FOLDER]
 #
 #   right     the tests marked gpu, and those beside them
-#   step      an optimizer step beside the plain loops
-#   layers    the layers alone, and the bytes that they move
+#   step      an optimizer step beside timm's plain loop
+#   layers    the layers alone, eager and compiled, and the bytes that they move
 #   together  how many trainings at once a card takes, as processes and as streams
 #   table     CIFAR-10, ResNet-20, ghost; direct: a step for every batch of 2; resnet34: PWS's table
 #   pipeline  photographs: how many a second, and whether the GPU waits for them
@@ -13,7 +13,7 @@
 # Each part ends within its seconds, keeps what it has, and goes on from there when it is called
 # again: cell by cell into FOLDER/PART.json (default: results/gpu/<card>), a short table last. It
 # runs on the python3 in the PATH, needs no network, and rehearses on a CPU with --tiny.
-# `python3 benchmarks/gpu.py --help` has more options, which can be given here too.
+# `python3 -m benchmarks.gpu --help` has more options, which can be given here too.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
@@ -40,7 +40,7 @@ for part in "${parts[@]}"; do
   end=$(($(date +%s) + seconds)) status=$again
   while ((status == again && $(date +%s) < end)); do
     timeout -k 2 $((end - $(date +%s) + 1)) \
-      python3 benchmarks/gpu.py "$part" --until $end "${options[@]}"
+      python3 -m benchmarks.gpu "$part" --until $end "${options[@]}"
     status=$?
   done
   ((status > worst)) && worst=$status

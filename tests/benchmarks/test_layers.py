@@ -1,104 +1,101 @@
 import json
-import sys
+from argparse import Namespace
 
 import pytest
 import torch
 
-from benchmarks import layers
-from norms import BatchChannelNorm2d, BatchRenorm2d, MABN2d
+from benchmarks import harness, layers, worker
 
 
-@pytest.fixture
-def call(monkeypatch, capfd, tmp_path):
-    """`python benchmarks/layers.py ARGS…` in this process: exit status, stderr."""
-
-    def run(*args):
-        monkeypatch.setattr(sys, "argv", ["layers.py", *args, "--out", str(tmp_path)])
-        try:
-            layers.main()
-            status = 0
-        except SystemExit as stop:
-            status = int(stop.code or 0)
-        return status, capfd.readouterr().err
-
-    return run
-
-
-def test_the_file_and_the_tables(call, tmp_path, monkeypatch):
-    monkeypatch.setattr(layers, "WEIGHTS", [(8, 8, 3)])
-    page = tmp_path / "README.md"
-    page.write_text("before\n\n<!-- measured -->\nold\n<!-- /measured -->\n\nafter\n")
-    assert call("--quick") == (0, "")
-    text = page.read_text()
-    assert text.startswith("before\n")
-    assert text.endswith("<!-- /measured -->\n\nafter\n")
-    assert "old" not in text
-    result = json.loads((tmp_path / "layers.json").read_text())
-    assert result["setting"]["clock"] == "own time"
-    assert list(result["norms"]) == ["all 3", "2x64x8x8", "2x128x4x4"]
-    total, first, second = ({r["layer"]: r for r in t} for t in result["norms"].values())
-    for name, row in total.items():
-        assert text.count(f"\n| {name} | ") >= 1
-        assert row["ms"] == pytest.approx(2 * first[name]["ms"] + second[name]["ms"], abs=0.01)
-    assert first["nn.BatchNorm2d"]["ratio"] == 1
-    assert list(result["groups"]) == ["32x64x8x8"]
-    assert list(result["weights"]) == ["8 to 8, 3x3", "8 to 8, 3x3, channels-last"]
-    (table,) = result["networks"].values()
-    assert [(r["layer"], r["to"]) for r in table][-2:] == [("gn", "gn"), ("ws_gn", "gn")]
-
-
-@pytest.mark.parametrize("shape", [(2, 64, 14, 14), (2, 64, 7, 7)])
-def test_no_norm_keeps_more_than_batch_norm(shape):
+@pytest.mark.parametrize("side", [14, 7])
+@pytest.mark.parametrize("name", [n for n in worker.NORMS if not n.startswith("nn.")])
+def test_no_norm_keeps_more_than_batch_norm(name, side):
     """The input, and small tensors with a number per image and channel."""
-    made = layers.norm_layers(shape[1], shape[0])
-    sizes = {n: layers.kept(x, torch.randn(shape, requires_grad=True)) for n, x in made.items()}
-    activation = 4 * torch.Size(shape).numel()
-    for name, size in sizes.items():
-        if "formulas" in name or "twice" in name:
-            assert size >= activation, name
-        else:
-            small = 4 * shape[0] * shape[1]
-            assert activation <= size <= activation + 8 * small, name
+    shape = [4, 64, side, side]
+    size = worker.Layer("norm", name, shape).kept()
+    activation, small = 4 * torch.Size(shape).numel(), 4 * shape[0] * shape[1]
+    assert activation <= size <= activation + 16 * small
 
 
-def test_plain_forms_compute_what_the_layers_do():
-    x, dy = torch.randn(2, 64, 5, 5), torch.randn(2, 64, 5, 5)
-    made = layers.norm_layers(64, 2)
-    with torch.no_grad():
-        for name in ("running_square", "window_square", "window_product"):
-            getattr(made["mabn"], name).uniform_(0.5, 1)
-        plain = made["mabn, formulas"]
-        plain.var = made["mabn"].running_square.clone()
-        # the ring's next place is that of the oldest
-        for ring, window in ((plain.squares, "window_square"), (plain.products, "window_product")):
-            place = torch.arange(len(ring)) + plain.batches + 1
-            ring[place % len(ring)] = getattr(made["mabn"], window)
-    assert isinstance(made["mabn"], MABN2d)
-    assert isinstance(made["bcn"], BatchChannelNorm2d)
-    assert isinstance(made["brn"], BatchRenorm2d)
-    made["brn"].num_batches_tracked.fill_(5)  # past its schedule
-    for name in ("bn", "mabn", "bcn", "bcn estimated", "estimated bn", "brn"):
-        results = []
-        for key in (name, f"{name}, formulas", "bcn, batch norm twice"):
-            if name != "bcn" and "twice" in key:
-                continue
-            part = x.clone().requires_grad_()
-            layers.both_ways(made[key], part, dy)
-            results.append((made[key](x), part.grad))
-        for y, dx in results[1:]:
-            if name != "mabn":  # whose window has moved on by then
-                torch.testing.assert_close(y, results[0][0], rtol=1e-3, atol=1e-4)
-            torch.testing.assert_close(dx, results[0][1], rtol=1e-3, atol=1e-4)
+@pytest.mark.parametrize("what", ["norm", "conv"])
+def test_every_layer_is_made_and_measured(what):
+    for name in worker.NORMS if what == "norm" else worker.CONVS:
+        shape = [4, 64, 5, 5] if what == "norm" else [8, 4, 3]
+        layer = worker.Layer(what, name, shape, format="channels-last")
+        layer()
+        assert all(p.grad is not None for p in layer.layer.parameters() if p.requires_grad), name
+        first = layer.x.grad.clone() if what == "norm" else next(layer.layer.parameters()).grad
+        layer()  # gradients do not add up
+        second = layer.x.grad if what == "norm" else next(layer.layer.parameters()).grad
+        assert second.abs().max() < 1.9 * first.abs().max(), name
 
 
-@pytest.mark.parametrize(
-    ("args", "status", "told"),
-    [
-        (("--device", "tpu"), 1, "error: device=tpu: expected auto, cpu"),
-        (("--rounds", "0"), 2, "expected numbers from 1"),
-    ],
-)
-def test_mistakes_get_one_line(call, args, status, told):
-    found, err = call(*args)
-    assert found == status
-    assert told in err
+def test_the_file_and_the_tables(call, tmp_path):
+    """Another checkout's layers (here: this one's) beside ours, in the same rounds."""
+    args = ["--quick", "--eager", "--rounds", "2", "--layers", "mabn", "--shapes", "64x4"]
+    assert call("layers", *args, "--before", harness.ROOT) == (0, "")
+    text = (tmp_path / "out" / "README.md").read_text()
+    result = json.loads((tmp_path / "out" / "layers.json").read_text())
+    assert list(result["norms"]) == ["all 1", "2x64x4x4", "8x16x8x8"]
+    assert list(result["weights"]) == ["weights, 8 to 8, 3x3"]
+    for title, rows in (result["norms"] | result["weights"]).items():
+        assert f"\n{title}:\n" in text
+        base = "nn.Conv2d" if "weights" in title else "nn.BatchNorm2d"
+        expected = [(base, "eager"), *(("mabn", way) for way in ("eager", "before"))]
+        assert [(r["layer"], r["way"]) for r in rows[::2]] == expected
+        assert {r["ratio"] for r in rows if r["layer"] == base} == {1}
+        assert all(r["ms"] > 0 for r in rows)
+        if base != "nn.Conv2d":
+            assert all(1 <= r["kept"] < 2 for r in rows)
+    assert text.count("\n| mabn | before |") == 4
+    assert result["compile"] == []
+
+
+def test_a_compiled_layer_is_measured_as_an_eager_one(tmp_path):
+    case = dict(what="norm", name="mabn", shape=(4, 64, 14, 14))
+    with harness.Worker(TORCHINDUCTOR_CACHE_DIR=str(tmp_path)) as worker:
+        worker.make("eager", **case)
+        assert not list(tmp_path.iterdir())
+        worker.make("compiled", way="layers", **case)
+        assert list(tmp_path.iterdir())  # where a new process would find the code
+        assert worker.timer("compiled", 0.001)() > 0
+        assert worker.ask(kept="compiled") <= worker.ask(kept="eager")
+
+
+def test_compile_times_are_of_new_processes_and_one_cache(monkeypatch):
+    started = []
+
+    class Worker:
+        def __init__(self, threads, **environ):
+            started.append(environ["TORCHINDUCTOR_CACHE_DIR"])
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def make(self, key, **case):
+            return 10.0 / len(started)
+
+    monkeypatch.setattr(harness, "Worker", Worker)
+    args = Namespace(layers=["mabn"], images=2, threads=1)
+    rows = layers.compile_times(args)
+    assert [(r["layer"], r["what"], r["cold_s"], r["warm_s"]) for r in rows] == [
+        ("mabn", "norm", 10, 5),
+        ("mabn", "conv", 3.33, 2.5),
+    ]
+    assert started[0] == started[1] != started[2] == started[3]
+
+
+def test_all_norms_together_are_weighted_by_their_number():
+    row = dict(layer="nn.BatchNorm2d", way="eager", format="contiguous", kept=1.0, ratio=1.0)
+    ours = row | dict(layer="bn")
+    tables = [
+        [row | {"ms": 1.0}, ours | {"ms": 2.0, "ratio": 2.0}],
+        [row | {"ms": 10.0}, ours | {"ms": 5.0, "ratio": 0.5, "kept": 1.5}],
+    ]
+    base, found = layers.whole(tables, [6, 1])
+    assert (base["ms"], base["ratio"]) == (16, 1)
+    assert (found["ms"], found["ratio"], found["kept"]) == (17, 1.062, 1.5)
+    assert (found["ratio_min"], found["ratio_max"]) == (0.5, 2)

@@ -1,75 +1,90 @@
 import json
-import sys
+from argparse import Namespace
 
 import pytest
 import torch
+from torch import nn
 
-from benchmarks import training
+import models
+import norms
+from benchmarks import harness, training, worker
 
-
-@pytest.fixture
-def call(monkeypatch, capfd, tmp_path):
-    """`python benchmarks/training.py ARGS…` in this process: exit status, stderr."""
-
-    def run(*args):
-        monkeypatch.setattr(sys, "argv", ["training.py", *args, "--out", str(tmp_path)])
-        try:
-            training.main()
-            status = 0
-        except SystemExit as stop:
-            status = int(stop.code or 0)
-        return status, capfd.readouterr().err
-
-    return run
+SMALL = ["--quick", "--model", "resnet8", "--size", "16", "--images", "8", "--rounds", "2"]
 
 
-def test_the_file_and_the_words_around_the_table(call, tmp_path):
-    page = tmp_path / "README.md"
-    page.write_text("before\n\n<!-- measured -->\nold\n<!-- /measured -->\n\nafter\n")
-    assert call("--quick", "gn", "pws") == (0, "")
-    text = page.read_text()
-    assert text.startswith("before\n")
-    assert text.endswith("<!-- /measured -->\n\nafter\n")
-    assert "old" not in text
-    result = json.loads((tmp_path / "training.json").read_text())
-    assert list(result) == ["command", "environment", "setting", "memory_setting", "rows"]
-    assert result["setting"] == {
-        "model": "resnet8",
-        "size": 16,
-        "forward": 64,
-        "rounds": 2,
-        "device": "cpu",
-        "batches": [2, 32, 64],
-        "clock": "own time",
+def test_the_file_and_the_tables(call, tmp_path):
+    """Another checkout's (here: this one's) beside ours, in the same rounds."""
+    args = [*SMALL, "--before", harness.ROOT, "--ways", "eager"]
+    assert call("training", "gn", "pws", *args) == (0, "")
+    text = (tmp_path / "out" / "README.md").read_text()
+    result = json.loads((tmp_path / "out" / "training.json").read_text())
+    found = [(r["norm"], r["code"], r["way"]) for r in result["rows"][::2]]
+    assert found == [
+        ("nn.BatchNorm2d", "now", "eager"),
+        ("gn", "now", "eager"),
+        ("pws", "now", "eager"),
+        ("pws", "before", "eager"),
+    ]
+    assert all(r["ratio_min"] <= r["ratio"] <= r["ratio_max"] for r in result["rows"])
+    assert [r["norm"] for r in result["best"]] == ["nn.BatchNorm2d", "gn", "pws"]
+    assert result["best"][0]["ratio"] == 1
+    assert [r for r in result["best"] if "to_before" in r] == [result["best"][2]]
+    assert text.count("\n| pws | eager, before |") == 1
+    assert all(f"\n| {name} | " in text for name in result["memory_bytes"])
+
+
+def test_ways_and_codes_that_do_not_exist_are_not_measured():
+    args = Namespace(norms=["gn", "mabn"], before="x", ways=training.WAYS)
+    found = {case[:3] for case in training.cases(args)}
+    assert ("gn", "now", "network") in found
+    assert ("mabn", "before", "network") in found
+    assert not {("gn", "now", "layers"), ("mabn", "before", "layers")} & found
+    assert len(found) == 2 + 2 + 3 + 2
+
+
+def test_the_fastest_of_each_is_compared_within_rounds():
+    def case(name, code, format):
+        return name, code, "eager", format
+
+    times = {
+        case("nn.BatchNorm2d", "now", "contiguous"): [4.0, 40.0],
+        case("nn.BatchNorm2d", "now", "channels-last"): [2.0, 20.0],
+        case("bn", "now", "contiguous"): [3.0, 30.0],
+        case("bn", "now", "channels-last"): [9.0, 90.0],
+        case("bn", "before", "contiguous"): [6.0, 60.0],
     }
-    rows = {row.pop("norm"): row for row in result["rows"]}
-    assert list(rows) == ["bn", "gn", "pws"]
-    for name, row in rows.items():
-        assert text.count(f"\n| {name} |") == 1
-        keys = [f"batch_{b}{end}" for b in (2, 32, 64) for end in ("_ms", "_iqr_ms")]
-        ratios = [f"ratio_to_bn_batch_{b}" for b in (2, 32, 64)]
-        assert set(row) == {*keys, *ratios, "memory_bytes"}
-        assert all(row[f"batch_{b}_ms"] > 0 for b in (2, 32, 64))
-    assert {rows["bn"][f"ratio_to_bn_batch_{b}"] for b in (2, 32, 64)} == {1}
+    base, bn = training.best(times)
+    assert (base["format"], base["ratio"]) == ("channels-last", 1)
+    assert (bn["format"], bn["ratio"], bn["to_before"]) == ("contiguous", 1.5, 0.5)
 
 
 def test_a_step_is_forward_backward_and_optimizer(monkeypatch):
-    """It trains in training mode and moves by the learning rate, which the benchmark sets to 0."""
-    made = []
+    """In training mode; a learning rate, which the benchmark sets to 0, moves the weights."""
+    made, build, sgd = [], models.build, torch.optim.SGD
 
-    def sgd(model, recipe, lr):
-        assert (model.training, lr, recipe.momentum) == (True, 0.0, 0.9)
-        made.append((model, torch.optim.SGD(model.parameters(), lr=0.1)))
-        return made[0][1]
+    def kept(*args, **how):
+        made.append(build(*args, **how))
+        return made[-1]
 
-    monkeypatch.setattr(training, "sgd", sgd)
-    step = training.step("bn", "resnet8", 2, torch.device("cpu"))
-    model = made[0][0]
+    monkeypatch.setattr(models, "build", kept)
+    monkeypatch.setattr(torch.optim, "SGD", lambda p, **how: sgd(p, **how | {"lr": 0.1}))
+    step = worker.make("network", name="bn", model="resnet8", images=4, size=8, batch=2)
+    [model] = made
     before = [p.clone() for p in model.parameters()]
-    step(torch.randn(4, 3, 8, 8))
+    step()
+    assert model.training
     assert all(p.grad is not None for p in model.parameters())
     assert any(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
     assert next(m for m in model.modules() if hasattr(m, "batch_size")).batch_size == 2
+
+
+def test_layers_are_compiled_one_by_one_and_only_ours(monkeypatch):
+    compiled = []
+    monkeypatch.setattr(nn.Module, "compile", lambda self, **how: compiled.append((self, how)))
+    network = models.build("resnet8", scheme=norms.build("ws_gn"), num_classes=3)
+    assert worker.compiled(network, "layers") is network
+    assert {type(layer) for layer, _ in compiled} == {norms.WSConv2d}
+    assert all(how == {"dynamic": False} for _, how in compiled)
 
 
 def test_memory_of_the_sizes_that_are_named():
@@ -82,16 +97,14 @@ def test_memory_of_the_sizes_that_are_named():
 
 
 @pytest.mark.parametrize(
-    ("args", "status", "told"),
+    ("args", "told"),
     [
-        (("nothing",), 1, "error: norm=nothing: unknown"),
-        (("--model", "resnet9"), 1, "error: model.name=resnet9: unknown"),
-        (("--device", "tpu"), 1, "error: device=tpu: expected auto, cpu"),
-        (("--rounds", "0"), 2, "expected whole numbers from 1"),
-        (("--forward", "48"), 2, "--forward 48: expected a multiple of 32 from 64"),
+        (("nothing",), "error: norm=nothing: unknown"),
+        (("bn", "--images", "7"), "--images 7: expected a multiple of --batch 2"),
+        (("bn", "--model", "resnet9", "--ways", "eager"), "model.name=resnet9: unknown"),
     ],
 )
-def test_mistakes_get_one_line(call, args, status, told):
-    found, err = call(*args)
-    assert found == status
+def test_mistakes_get_one_line(call, args, told):
+    found, err = call("training", *args)
+    assert found == 1
     assert told in err
