@@ -129,13 +129,13 @@ def moving_average(
     float64, so that groups in one pass give what they give one by one. A rate of None is 1 / k at
     the k-th update, which makes it the mean of all values; `count` updates went before.
     """
+    if len(values) == 1 and rate is not None:
+        return start.clone()[None], ((1 - rate) * start + rate * values[0])[None]
     steps = torch.arange(len(values) + 1, device=values.device)
     if rate is None:
         total = torch.cat([start[None] * count, values]).double().cumsum(0)
         moved = total / (count + steps).clamp(min=1)[:, None]
         moved = torch.cat([start[None], moved[1:]])
-    elif len(values) == 1:
-        moved = torch.stack([start, (1 - rate) * start + rate * values[0]])
     else:
         age = (steps[:, None] - steps).clamp(min=0).double()
         weights = ((1 - rate) ** age).tril()

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from norms.numbers import tensor
 from omegaconf import OmegaConf
 
 import models
@@ -72,40 +71,35 @@ FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channel
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 @pytest.mark.parametrize("layout", FORMATS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@torch.no_grad()
 def test_passes(shape, layout, dtype, device):
-    """Those of `norms/moments.py`, which on a GPU are kernels of ours, from their formulas."""
+    """Those of `norms/moments.py`, forward and backward, from their formulas."""
     many, written = TYPES[dtype]
     x, dy = ((torch.randn(shape) * 2 + 0.5).to(dtype, memory_format=FORMATS[layout]) for _ in "xd")
-    own, exact = (x.to(device), dy.to(device)), (x.double(), dy.double())
+    own, exact = x.to(device).requires_grad_(), x.double()
+    mean, var = moments.moments(own)
+    close(mean, exact.mean((2, 3)), many, "mean")
+    close(var, exact.var((2, 3), correction=0), many, "var")
+    close(moments.mean_square(own), exact.square().mean((2, 3)), many, "mean square")
     area = shape[2] * shape[3]
-    mean, var = map(tensor, moments.moments(own[0]))
-    close(mean, exact[0].mean((2, 3)), many, "mean")
-    close(var, exact[0].var((2, 3), correction=0), many, "var")
-    close(tensor(moments.mean_square(own[0])), exact[0].square().mean((2, 3)), many, "mean square")
     for rows in {1, shape[0]}:
-        numbers = torch.randn(4, rows, shape[1], dtype=torch.promote_types(dtype, torch.float32))
-        there = numbers.to(device)
-        a, b, c, center = numbers.double()[:, :, :, None, None]
-        close(moments.affine(own[0], *there[:2]), exact[0] * a + b, written, "affine")
-        close(
-            moments.combine(own[1], there[0], own[0], there[1], there[2]),
-            a * exact[1] + b * exact[0] + c,
-            written,
-            "combine",
-        )
-        sums = moments.sums(own[1], own[0], there[3])
-        for found, of in zip(sums, (exact[1], exact[1] * (exact[0] - center)), strict=True):
+        numbers = torch.randn(2, rows, shape[1], dtype=torch.promote_types(dtype, torch.float32))
+        scale, shift = (v.requires_grad_() for v in numbers.to(device).unbind())
+        y = moments.scale_and_shift(own, scale, shift)
+        a, b = numbers.double()[:, :, :, None, None]
+        close(y, exact * a + b, written, "scale and shift")
+        given = torch.autograd.grad(y, (own, scale, shift), dy.to(device))
+        close(given[0], dy.double() * a, written, "dx")
+        limit = many * max(1.0, area**0.5)  # terms of either sign, which nearly cancel
+        for found, of in zip(given[1:], (dy.double() * exact, dy.double()), strict=True):
             expected = of.sum((2, 3)).view(shape[0], -1)
             expected = expected if rows > 1 else expected.sum(0, keepdim=True)
-            limit = many * max(1.0, area**0.5)  # terms of either sign, which nearly cancel
-            close(tensor(found), expected, limit, "sums")
+            close(found, expected, limit, "sums")
 
 
 # --- layers
 
 CHANNELS, SIZE = 8, 4
-# Batches of `SIZE` images in a forward pass; with one MABN and BCN have kernels for their numbers.
+# Batches of `SIZE` images in a forward pass.
 GROUPS = pytest.mark.parametrize("groups", [1, 3])
 
 
@@ -140,7 +134,7 @@ def batch_channel_norm(rate):
 def renorm():
     bounds = dict(r_max=1.5, d_max=0.5, start=2, r_until=9, d_until=6)
     brn = literal.BRN(CHANNELS, **bounds, momentum=0.2)
-    return brn, {"running_mean": lambda: brn.mean, "running_std": lambda: brn.std}
+    return brn, {"moving_mean": lambda: brn.mean, "moving_std": lambda: brn.std}
 
 
 def make_renorm():
@@ -242,7 +236,7 @@ class TestLayers:
     def test_mabn(self, start, groups, layout, half, device):
         layer = randomized(norms.MABN2d(CHANNELS, SIZE, 16, momentum=0.9), device)
         formula = literal.MABN(CHANNELS, 4, momentum=0.9)
-        layer.num_batches_tracked.fill_(start)
+        layer.num_batches_averaged.fill_(start)
         formula.iteration = start
         for _ in range(4):
             x, exact = images(half, layout, groups)
@@ -258,7 +252,7 @@ class TestLayers:
             close(layer.weight.grad, sum(dweight), CLOSE[half], "weight")
             close(layer.bias.grad, sum(dbias), CLOSE[half], "bias")
         close(layer.running_square, formula.running, EXACT, "running_square")
-        assert layer.num_batches_tracked == start + 4 * groups
+        assert layer.num_batches_averaged == start + 4 * groups
 
     @DEVICES
     @PRECISIONS
