@@ -73,7 +73,7 @@ class EstimatedBatchNorm2d(BatchStatisticsNorm):
         meets them, (G, C): the estimates that every group in turn has moved. In evaluation the last
         estimates, (1, C)."""
         if not self.training:
-            return self.running_mean[None], torch.rsqrt(self.running_var + self.eps)[None]
+            return self.running_mean[None].clone(), torch.rsqrt(self.running_var + self.eps)[None]
         return self.once(
             self.estimate, *m.pool_images(mean.detach(), var.detach(), self.batch_size)
         )
@@ -106,7 +106,9 @@ class BatchChannelNorm2d(Leaf):
     divide `num_features`.
     """
 
-    bn: nn.Module
+    bn: Any  # of this file or of `bn.py`, or what a tool has put there
+    weight: Any  # or None, as `bias`
+    bias: Any
 
     def __init__(
         self,
@@ -147,7 +149,8 @@ class BatchChannelNorm2d(Leaf):
                 "BatchChannelNorm2d: nn.SyncBatchNorm has no groups of images that share "
                 "statistics; convert with norm=sync_bn instead, or leave these layers as they are"
             )
-        if x.shape[0] == 0 or not isinstance(self.bn, BatchStatisticsNorm):  # put there by a tool
+        own = isinstance(self.bn, GhostBatchNorm2d | EstimatedBatchNorm2d)
+        if x.shape[0] == 0 or not own:  # put there by a tool
             return self.channel_norm(self.bn(x))
         if self.bn.training and isinstance(self.bn, GhostBatchNorm2d):
             m.check_variance(x, self.bn.batch_size)
@@ -175,15 +178,15 @@ class BatchChannelNorm2d(Leaf):
     def channel_norm(self, z: Tensor) -> Tensor:
         """The second line alone, by PyTorch's group norm."""
         size = self.num_channels // self.num_groups
-        affine = (
+        weight, bias = (
             None if v is None else v.repeat_interleave(size) for v in (self.weight, self.bias)
         )
-        return F.group_norm(z, self.num_groups, *affine, self.eps)
+        return F.group_norm(z, self.num_groups, weight, bias, self.eps)
 
     def fold(self) -> nn.Module:
         """What it computes in evaluation, in PyTorch's own layers: see `norms/fold.py`."""
         channel_norm = nn.GroupNorm(self.num_groups, self.num_channels, self.eps)
-        first = self.bn.fold() if isinstance(self.bn, BatchStatisticsNorm) else self.bn
+        first = self.bn.fold() if hasattr(self.bn, "fold") else self.bn
         if self.weight is not None:
             channel_norm.to(self.weight)
             size = self.num_channels // self.num_groups

@@ -46,9 +46,9 @@ class GhostBatchNorm2d(BatchStatisticsNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         m.check_input(x, self.num_features)
-        state = (self.running_mean, self.running_var)
-        if not (self.training or state[0] is None) or x.shape[0] == 0:
-            return F.batch_norm(x, *state, self.weight, self.bias, training=False, eps=self.eps)
+        running, affine = (self.running_mean, self.running_var), (self.weight, self.bias)
+        if not (self.training or running[0] is None) or x.shape[0] == 0:
+            return F.batch_norm(x, running[0], running[1], *affine, eps=self.eps)
         m.check_variance(x, self.batch_size)
         if m.count_groups(x, self.batch_size) == 1:
             return self.one_group(x)
@@ -76,7 +76,7 @@ class GhostBatchNorm2d(BatchStatisticsNorm):
         (G, C), by which this moves the running statistics; `area` is the number of positions. In
         evaluation those of the running statistics, (1, C)."""
         if not (self.training or self.running_mean is None):
-            return self.running_mean[None], torch.rsqrt(self.running_var + self.eps)[None]
+            return self.running_mean[None].clone(), torch.rsqrt(self.running_var + self.eps)[None]
         count = (self.batch_size or len(mean)) * area
         mean, var = m.pool_images(mean, var, self.batch_size)
         self.track(mean.detach(), var.detach() * (count / max(1, count - 1)))

@@ -96,11 +96,11 @@ class BatchRenorm2d(BatchStatisticsNorm):
         return r, torch.clamp((mean - before) / std_before, -d_max, d_max)
 
     @property
-    def running_mean(self) -> Tensor:
+    def running_mean(self) -> Tensor:  # type: ignore[override]
         return self.moving_mean
 
     @property
-    def running_var(self) -> Tensor:  # to which a batch norm adds eps
+    def running_var(self) -> Tensor:  # type: ignore[override]  # to which a batch norm adds eps
         return self.moving_std.square() - self.eps
 
     def fold(self) -> nn.Module:

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
-from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
 from .bcn import BatchChannelNorm2d
@@ -146,7 +146,7 @@ def _new_norm(old: Any, scheme: Scheme, at_end: bool, dim: int) -> nn.Module:
     inside = new.bn if isinstance(new, BatchChannelNorm2d) else new
     _share(inside, old)
     if isinstance(inside, BatchStatisticsNorm | nn.SyncBatchNorm):
-        inside.dim = dim  # type: ignore[assignment, union-attr]
+        inside.dim = dim
         _take_over_statistics(inside, old)
     _take_over(new, old)
     if hasattr(old, "act"):
@@ -246,7 +246,7 @@ def conversion(module: nn.Module, scheme: Scheme) -> Conversion:
     ahead: dict[str, Any] = {}
     weighted: Any = None
     for name, layer in leaves:
-        if isinstance(layer, LazyModuleMixin) and layer.has_uninitialized_params():
+        if any(map(is_lazy, [*layer._parameters.values(), *layer._buffers.values()])):
             raise ValueError(
                 f"{name} of {host}: {type(layer).__name__} does not know its channels yet; "
                 f"expected a network that has seen one batch"

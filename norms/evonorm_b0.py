@@ -15,8 +15,8 @@ from timm.layers import EvoNorm2dB0
 from torch import Tensor, nn
 
 from . import moments as m
-from .evonorm_s0 import check_acts
-from .layer import Leaf
+from .evonorm_s0 import check_acts, without_images
+from .layer import Leaf, settle
 from .scheme import CONV, Scheme, conv, frozen_batch_norm
 
 
@@ -27,18 +27,32 @@ class EvoNormB0(Leaf, EvoNorm2dB0):
     channel, or where `batch_size` does not divide N in training.
     """
 
+    maps = "H, W"
+    running_var: Tensor
+
     def __init__(self, num_features: int, batch_size: int | None = None, **options):
         super().__init__(num_features, **options)
         self.batch_size = batch_size
 
     def forward(self, x: Tensor) -> Tensor:
-        m.check_input(x, len(self.weight))
+        m.check_input(x, len(self.weight), self.maps)
+        if x.shape[0] == 0:
+            return without_images(self, x)
         if not self.training:
             return super().forward(m.promote(x)).to(x.dtype)
         m.check_variance(x, self.batch_size)
-        parts = m.promote(x).chunk(m.count_groups(x, self.batch_size))
-        parts = [super(EvoNormB0, self).forward(part) for part in parts]
+        before = [buffer.clone() for buffer in self.buffers()]
+        groups = m.promote(x).chunk(m.count_groups(x, self.batch_size))
+        try:
+            parts = [super(EvoNormB0, self).forward(group) for group in groups]
+        finally:  # gradient checkpointing ends a repeated pass by an error
+            settle(self, before)
         return torch.cat(parts).to(x.dtype)
+
+    def reset_parameters(self) -> None:
+        """As timm's, and the running variance too."""
+        super().reset_parameters()
+        nn.init.ones_(self.running_var)
 
     def fold(self) -> nn.Module:
         """What it computes in evaluation, in PyTorch's own layers: see `norms/fold.py`."""

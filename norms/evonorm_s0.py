@@ -13,19 +13,31 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from timm.layers import EvoNorm2dS0
 from torch import Tensor, nn
 
 from .gn import check_groups, fit_groups
 from .layer import Leaf
-from .moments import promote
+from .moments import check_input, promote
 from .scheme import CONV, Scheme, conv, frozen_batch_norm
+
+
+def without_images(layer: Any, x: Tensor) -> Tensor:
+    """Nothing, of no images, which timm's variances would warn of."""
+    zeros = torch.zeros_like(layer.bias)
+    return F.batch_norm(x, zeros, zeros, layer.weight, layer.bias)
 
 
 class EvoNormS0(Leaf, EvoNorm2dS0):
     """timm's layer, in float32 for half precision; (N, C, H, W) -> (N, C, H, W)."""
 
+    maps = "H, W"
+
     def forward(self, x: Tensor) -> Tensor:
+        check_input(x, self.num_channels, self.maps)
+        if x.shape[0] == 0:
+            return without_images(self, x)
         return super().forward(promote(x)).to(x.dtype)
 
     @property

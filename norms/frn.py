@@ -14,14 +14,17 @@ from timm.layers import FilterResponseNormTlu2d
 from torch import Tensor
 
 from .layer import Leaf
-from .moments import promote
+from .moments import check_input, promote
 from .scheme import CONV, Scheme, conv
 
 
 class FilterResponseNorm2d(Leaf, FilterResponseNormTlu2d):
     """timm's layer, which squares in the type of x: never in half precision here."""
 
+    maps = "H, W"
+
     def forward(self, x: Tensor) -> Tensor:
+        check_input(x, len(self.weight), self.maps)
         return super().forward(promote(x)).to(x.dtype)
 
 

@@ -13,12 +13,15 @@ error. Or the channels per group are given (the paper's other choice, 16): then 
 many groups as leave at least so many channels in each.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
+from . import moments as m
+from .layer import Leaf
 from .scheme import CONV, Scheme, conv
 
 
@@ -76,6 +79,22 @@ def grouping(
         check = partial(_check_channels, channels_per_group=channels_per_group)
         groups, min_channels = 2**31, channels_per_group
     return partial(group_norm, groups=groups, min_channels=min_channels, eps=eps), check
+
+
+class InstanceNorm2d(Leaf, nn.GroupNorm):  # not in `in.py`, whose name TorchScript cannot load
+    """The norm of `norms/in.py`; (N, C, *) -> (N, C, *), `ValueError` on maps of one position."""
+
+    def __init__(self, num_features: int, eps: float = 1e-5):
+        super().__init__(num_features, num_features, eps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        m.check_input(x, self.num_channels)
+        if math.prod(x.shape[2:]) < 2:
+            raise ValueError(
+                "norm=in: one value per channel and image has no variance; expected larger images, "
+                "or another norm"
+            )
+        return super().forward(x)
 
 
 def scheme(

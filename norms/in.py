@@ -8,27 +8,8 @@ evaluation alike; gamma and beta per channel. It is group norm with a channel to
 
 from functools import partial
 
-from torch import Tensor, nn
-
-from . import moments as m
-from .layer import Leaf
+from .gn import InstanceNorm2d
 from .scheme import CONV, Scheme, conv
-
-
-class InstanceNorm2d(Leaf, nn.GroupNorm):
-    """(N, C, H, W) -> (N, C, H, W); `ValueError` on maps of 1x1, which have no variance."""
-
-    def __init__(self, num_features: int, eps: float = 1e-5):
-        super().__init__(num_features, num_features, eps)
-
-    def forward(self, x: Tensor) -> Tensor:
-        m.check_input(x, self.num_channels)
-        if x.shape[2] * x.shape[3] < 2:
-            raise ValueError(
-                "norm=in: one value per channel, on maps of 1x1, has no variance; expected larger "
-                "images, or another norm"
-            )
-        return super().forward(x)
 
 
 def scheme(batch_size: int | None = None, eps: float = 1e-5) -> Scheme:

@@ -4,12 +4,12 @@ tools: batch norm's place in the class tree, factory arguments, resets, leaves o
 import sys
 from collections import deque
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
 
-Numbers = tuple[Tensor, ...]
+Numbers = TypeVar("Numbers", bound=tuple[Tensor, ...])
 BATCH_NORM_STATE = ("running_mean", "running_var", "num_batches_tracked")
 
 
@@ -17,13 +17,13 @@ class Leaf(nn.Module):
     """A layer that `torch.fx` records as one call, as it does PyTorch's own."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        x = args[0] if args else None
-        if not isinstance(x, fx.Proxy):
+        proxy = next((x for x in (*args, *kwargs.values()) if isinstance(x, fx.Proxy)), None)
+        if proxy is None:
             return super().__call__(*args, **kwargs)
-        tracer: Any = x.tracer
+        tracer: Any = proxy.tracer
 
-        def record(*args: Any) -> fx.Proxy:
-            return tracer.create_proxy("call_module", tracer.path_of_module(self), args, {})
+        def record(*args: Any, **kwargs: Any) -> fx.Proxy:
+            return tracer.create_proxy("call_module", tracer.path_of_module(self), args, kwargs)
 
         return tracer.call_module(self, record, args, kwargs)
 
@@ -32,6 +32,16 @@ def repeated() -> bool:
     """Whether this forward pass runs inside a backward pass: then gradient checkpointing repeats
     one that has been, which moves no state again."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+@torch.no_grad()
+def settle(layer: nn.Module, before: list[Tensor]) -> None:
+    """After a forward pass of another library's layer, which moved its own state: back to `before`,
+    copies of its buffers, where the state of ours would not have moved."""
+    floats = [b.flatten() for b in layer.buffers() if b.is_floating_point()]
+    moves = torch.cat(floats).isfinite().all() & (not repeated())
+    for buffer, old in zip(layer.buffers(), before, strict=True):
+        buffer.data.copy_(torch.where(moves, buffer, old))  # the backward pass never reads it
 
 
 class BatchStatisticsNorm(Leaf, nn.BatchNorm2d):
@@ -48,6 +58,9 @@ class BatchStatisticsNorm(Leaf, nn.BatchNorm2d):
     state: dict[str, float] = {}
     dim = 2  # of the maps, as far as `fold` has to know
     batch_size: int | None
+    running_mean: Any  # None where a tool has taken them away
+    running_var: Any
+    num_batches_tracked: Any
 
     def __init__(
         self,
@@ -71,11 +84,11 @@ class BatchStatisticsNorm(Leaf, nn.BatchNorm2d):
             shape = shapes.get(name, () if counter else (num_features,))
             type_ = torch.int64 if counter else dtype
             self.register_buffer(name, torch.empty(shape, device=device, dtype=type_))
-        self._recent: deque[tuple[Numbers, Numbers]] = deque(maxlen=8)
+        self._recent: deque[tuple[tuple[Tensor, ...], Any]] = deque(maxlen=8)
         self.reset_parameters()
 
     @property
-    def affine(self) -> bool:
+    def affine(self) -> bool:  # type: ignore[override]
         """Whether there are a gain and a shift per channel."""
         if sys._getframe(1).f_code.co_name == "convert_sync_batchnorm" and (
             self.batch_size is not None or "num_batches_tracked" not in self.state
@@ -112,7 +125,8 @@ class BatchStatisticsNorm(Leaf, nn.BatchNorm2d):
         forward pass, what that pass came to. Raises `RuntimeError` if it is too long ago."""
         if not repeated():
             numbers = update(*statistics)
-            if not torch.compiler.is_compiling():
+            transformed = torch._C._functorch.peek_interpreter_stack() is not None
+            if not (torch.compiler.is_compiling() or transformed):
                 self._recent.append((statistics, numbers))
             return numbers
         for then, numbers in self._recent:
@@ -142,6 +156,9 @@ class BatchStatisticsNorm(Leaf, nn.BatchNorm2d):
                 f"of moving statistics; expected evaluation mode, or norm=bn"
             )
         super().__setattr__(name, value)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_recent": deque(maxlen=self._recent.maxlen)}
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # Not batch norm's own, which adds a counter to state dicts from before there was one.

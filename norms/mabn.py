@@ -81,6 +81,9 @@ NO_VMAP = (
 )
 
 
+BATCHED = (torch._C._functorch.is_batchedtensor, torch._C._functorch.is_legacy_batchedtensor)
+
+
 class _NoDerivative(torch.autograd.Function):
     """Its first argument, which depends on the others; asked for the derivative, an error."""
 
@@ -122,18 +125,18 @@ class _MABN(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
-        if torch._C._functorch.is_batchedtensor(dy):
+        if not torch.compiler.is_compiling() and any(is_(dy) for is_ in BATCHED):
             raise RuntimeError(NO_VMAP)
-        saved = ctx.saved_tensors
+        x, weight, gain, inverse, own = ctx.saved_tensors
         if ctx.before is None:
             ctx.before = ctx.window.clone()
-        gradients, psi = gradients_of(dy, *saved, ctx.before)
+        gradients, psi = gradients_of(dy, x, weight, gain, inverse, own, ctx.before)
         if not ctx.frozen:
             # Unmoved by what is infinite or NaN.
             ctx.window.copy_(torch.where((psi * 0).sum() == 0, psi, ctx.window))
             ctx.frozen = True  # another pass over this graph finds what this one found
         if torch.is_grad_enabled():
-            gradients = [_NoDerivative.apply(g, dy, *saved[:2]) for g in gradients]
+            gradients = [_NoDerivative.apply(g, dy, x, weight) for g in gradients]
         return *gradients, None, None, None, None, None
 
     @staticmethod
@@ -274,11 +277,11 @@ class MABN2d(BatchStatisticsNorm):
         return chi, running[None], free, own
 
     @property
-    def running_mean(self) -> Tensor:  # nothing is centred
+    def running_mean(self) -> Tensor:  # type: ignore[override]  # nothing is centred
         return torch.zeros_like(self.running_square)
 
     @property
-    def running_var(self) -> Tensor:
+    def running_var(self) -> Tensor:  # type: ignore[override]
         return self.running_square
 
     def fold(self) -> nn.Module:
@@ -289,11 +292,10 @@ class MABN2d(BatchStatisticsNorm):
         # A window of another batch size has another length: each of its new rows is its mean, so
         # that the averages go on from where they were.
         for name in ("window_square", "window_product"):
-            key, own = prefix + name, getattr(self, name)
-            given = state_dict.get(key)
-            same_channels = given is not None and given.shape[1:] == own.shape[1:]
-            if same_channels and len(given) != len(own):
-                state_dict[key] = given.mean(0, keepdim=True).expand(len(own), -1)
+            own = getattr(self, name)
+            given = state_dict.get(prefix + name, own)
+            if given.shape[1:] == own.shape[1:] and len(given) != len(own):
+                state_dict[prefix + name] = given.mean(0, keepdim=True).expand(len(own), -1)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:

@@ -9,6 +9,9 @@ Shapes: (N, C, *) for activations, (N, C) for maps, (G, C) for groups of images 
 statistics, in order.
 """
 
+import math
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -18,10 +21,11 @@ def promote(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
-def check_input(x: Tensor, channels: int) -> None:
-    """Raise `ValueError` for what is not (N, channels, *)."""
-    if x.dim() < 2 or x.shape[1] != channels:
-        raise ValueError(f"expected (N, {channels}, *), got a tensor of shape {tuple(x.shape)}")
+def check_input(x: Tensor, channels: int, maps: str = "*") -> None:
+    """Raise `ValueError` for what is not (N, channels, *), or (N, channels, H, W) by `maps`."""
+    if x.dim() < 2 or x.shape[1] != channels or (maps == "H, W" and x.dim() != 4):
+        shape = tuple(x.shape)
+        raise ValueError(f"expected (N, {channels}, {maps}), got a tensor of shape {shape}")
 
 
 def count_groups(x: Tensor, batch_size: int | None) -> int:
@@ -39,7 +43,7 @@ def count_groups(x: Tensor, batch_size: int | None) -> int:
 
 def check_variance(x: Tensor, batch_size: int | None) -> None:
     """A single value per channel has no variance; say so before dividing by it."""
-    if (batch_size or x.shape[0]) * x[0, 0].numel() < 2:
+    if x.shape[0] and (batch_size or x.shape[0]) * math.prod(x.shape[2:]) < 2:
         maps = "x".join(map(str, x.shape[2:])) or "1"
         raise ValueError(
             f"batch={batch_size or x.shape[0]}: one value per channel, on maps of {maps}, has no "
@@ -59,7 +63,8 @@ def moments(x: Tensor) -> tuple[Tensor, Tensor]:
     if torch.compiler.is_compiling():
         # Sums around a pixel vectorize better than Inductor's Welford steps, and are as exact
         # where the pixel is one of the map; the centre, since zero padding makes corners outliers.
-        pixel = x[(..., *(size // 2 for size in x.shape[2:]))].detach()
+        centre: tuple[Any, ...] = (..., *(size // 2 for size in x.shape[2:]))
+        pixel = x[centre].detach()
         x = x - over_maps(pixel, x)
         mean = x.mean(_positions(x))
         return realized(pixel + mean, x.square().mean(_positions(x)) - mean.square())
@@ -81,8 +86,8 @@ def pool(mean: Tensor, var: Tensor, dim: int) -> tuple[Tensor, Tensor]:
 
 def pool_images(mean: Tensor, var: Tensor, batch_size: int | None) -> tuple[Tensor, Tensor]:
     """Moments of every group of images from those of every map: (N, C) -> (G, C), twice."""
-    shape = (count_groups(mean, batch_size), -1)
-    return pool(mean.unflatten(0, shape), var.unflatten(0, shape), 1)
+    shape = (count_groups(mean, batch_size), -1, mean.shape[1])
+    return pool(mean.reshape(shape), var.reshape(shape), 1)
 
 
 def expand_groups(values: Tensor, images: int) -> Tensor:
@@ -95,15 +100,15 @@ def expand_groups(values: Tensor, images: int) -> Tensor:
 
 def sum_groups(values: Tensor, groups: int) -> Tensor:
     """Sums over the images of each group: (N, C) -> (G, C)."""
-    return values.unflatten(0, (groups, -1)).sum(1)
+    return values.reshape(groups, -1, values.shape[1]).sum(1)
 
 
-def realized(*values: Tensor) -> tuple[Tensor, ...]:
+def realized(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """The same numbers as rows of one tensor, and so their gradients: there Inductor ends one loop
     and starts the next, where it would compute them anew for every position."""
-    if not torch.compiler.is_compiling():
-        return values
-    return torch.stack(torch.broadcast_tensors(*values)).unbind()
+    if torch.compiler.is_compiling():
+        a, b = torch.stack(torch.broadcast_tensors(a, b)).unbind()
+    return a, b
 
 
 def over_maps(values: Tensor, x: Tensor) -> Tensor:

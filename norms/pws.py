@@ -46,9 +46,11 @@ class ParametricWeightStandardization(StandardizedConv):
         gamma: float = 1e-3,
         equiv: bool = False,
         mode: Literal["fan_in", "fan_out"] = "fan_in",
+        device: Any = None,
+        dtype: Any = None,
         **kwargs,
     ):
-        super().__init__(*args, **kwargs)
+        super().__init__(*args, device=device, dtype=dtype, **kwargs)
         check_filters(self)
         if mode not in ("fan_in", "fan_out"):
             raise ValueError(f"norm.mode={mode}: expected fan_in or fan_out")

@@ -80,7 +80,7 @@ def biased_conv(
     return he_init(classes[dim](*args, bias=True, **kwargs))
 
 
-def frozen_batch_norm(layer: Any, mean: Tensor | None, var: Tensor) -> nn.Module:
+def frozen_batch_norm(layer: Any, mean: Tensor | None, var: Any) -> nn.Module:
     """The layer's gain * (x - mean) / sqrt(var + eps) + shift, as PyTorch's own layer in evaluation
     mode."""
     new: Any = BATCH_NORM[getattr(layer, "dim", 2)](len(var), layer.eps).to(var).eval()

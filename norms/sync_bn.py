@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import moments as m
-from .layer import Leaf
+from .layer import Leaf, settle
 from .scheme import CONV, Scheme, conv, frozen_batch_norm
 
 
@@ -33,7 +33,7 @@ class SyncBatchNorm2d(Leaf, nn.SyncBatchNorm):
         m.check_input(input, self.num_features)
         if not self.training:
             return super().forward(input)
-        if self.batch_size not in (None, input.shape[0]):
+        if input.shape[0] and self.batch_size not in (None, input.shape[0]):
             raise ValueError(
                 f"norm=sync_bn: a forward pass of {input.shape[0]} images with batch="
                 f"{self.batch_size}; its statistics span a whole pass: expected "
@@ -51,7 +51,11 @@ class SyncBatchNorm2d(Leaf, nn.SyncBatchNorm):
             return F.batch_norm(
                 input, self.running_mean, self.running_var, self.weight, self.bias, True
             )
-        return super().forward(input)
+        before = [buffer.clone() for buffer in self.buffers()]
+        try:
+            return super().forward(input)
+        finally:  # gradient checkpointing ends a repeated pass by an error
+            settle(self, before)
 
     def fold(self) -> nn.Module:
         """What it computes in evaluation, in PyTorch's own layers: see `norms/fold.py`."""

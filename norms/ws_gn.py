@@ -45,9 +45,11 @@ class WeightStandardization(StandardizedConv):
         eps: float = 1e-5,
         unbiased: bool = True,
         eps_inside: bool = False,
+        device: Any = None,
+        dtype: Any = None,
         **kwargs,
     ):
-        super().__init__(*args, **kwargs)
+        super().__init__(*args, device=device, dtype=dtype, **kwargs)
         check_filters(self)
         self.eps, self.unbiased, self.eps_inside = eps, unbiased, eps_inside
 

@@ -21,7 +21,8 @@ BRN = dict(r_max=1.5, d_max=0.5, start=4, r_until=16, d_until=12, momentum=0.2)
 STATE = {  # buffer of the layer: attribute of the literal form
     "running_mean": "mean",
     "running_var": "var",
-    "running_std": "std",
+    "moving_mean": "mean",
+    "moving_std": "std",
     "running_square": "running",
 }
 
@@ -153,7 +154,7 @@ def rows() -> list[list[str]]:
     est = literal.EstBN(CHANNELS, 0.1)
     release, clipped = (MABN(CHANNELS, 4, momentum=0.9, warmup=6) for _ in range(2))
     late = build("mabn", moving_average_batch_size=8, momentum=0.9, warmup=6)
-    late.num_batches_tracked.fill_(995)
+    late.num_batches_averaged.fill_(995)
     clipped.iteration = 995
     steps = literal.MABNImageNet(CHANNELS, 4, momentum=0.9, warmup=3)
     b0 = literal.EvoNormB0(CHANNELS)
