@@ -21,9 +21,9 @@ import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
-from training.cli import MISTAKES, explain
 from training.evaluation import measure
 from training.files import write
+from training.messages import MISTAKES, explain
 from training.run import plain
 
 SHOWN = 10  # of the worst and of the best classes

@@ -13,8 +13,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from training.cli import MISTAKES, explain
 from training.export import export
+from training.messages import MISTAKES, explain
 
 
 def main() -> None:

@@ -25,8 +25,8 @@ from rich.console import Console
 from rich.table import Table
 
 from training import device as devices
-from training.cli import MISTAKES, explain
 from training.cost import Row, makespan, rows
+from training.messages import MISTAKES, explain
 from training.study import cells, jobs
 
 GIB = 2**30

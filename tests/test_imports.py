@@ -12,7 +12,7 @@ ALLOWED = {  # folder: what it may import of this project
     "data": {"data"},
     "training": {"training", "data", "models", "norms"},
     "reporting": {"reporting", "training"},
-    "hydra_plugins": {"training", "hydra_plugins"},
+    "hydra_plugins": {"data", "training", "hydra_plugins"},
     "scripts": {"data", "models", "norms", "reporting", "training"},
 }
 LIGHT = {"training.config", "training.files"}

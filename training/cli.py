@@ -1,9 +1,7 @@
 """The command line's manners: a mistake of the user gets one line, only a fault of ours more."""
 
-import errno
 import os
 import re
-import shlex
 import signal
 import sys
 import threading
@@ -11,7 +9,6 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -21,94 +18,19 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.errors import (
     HydraException,
-    InstantiationException,
-    MissingConfigException,
-    OverrideParseException,
 )
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from training import distributed, process
-from training.config import cannot_write, flatten, quoted, search_path, shown
+from training.config import cannot_write, quoted, search_path, shown
+from training.messages import MISTAKES, explain
 
 WORKER = "SMALLBATCH_WORKER"  # in the environment of a run that a launcher started
 PATIENCE = 30.0  # seconds that a run has to stop
 FULL = os.environ.get("HYDRA_FULL_ERROR") == "1"
-MISTAKES = (ValueError, OSError, HydraException, OmegaConfBaseException)
-LAUNCHERS = ("joblib", "ray", "submitit_local", "submitit_slurm")  # of other packages
-CHOICE = re.compile(r"(model|norm|protocol|data|recipe)=\w+")
 TEXTS = re.compile(r"(\+*(?:study|name))=([\w.+\-\s,]+)")
-FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
-
-
-def near(word: str, known: list[str]) -> str:
-    """What may have been meant, whatever its case and the group that it stands in."""
-    word, lower = word.lower(), {key.lower(): key for key in known}
-    same = [key for small, key in lower.items() if f".{small}".endswith(f".{word}")]
-    matches = same or [lower[m] for m in get_close_matches(word, lower, n=3, cutoff=0.5)]
-    return f" (did you mean {' or '.join(matches)}?)" if matches else ""
-
-
-def explain(error: BaseException) -> str:
-    """What is wrong, in one line: the key, the value and what is allowed."""
-    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
-        group, _, option = str(error.missing_cfg_file).rpartition("/")
-        options = list(error.options or [])
-        if group == "hydra/launcher" and option in LAUNCHERS:
-            extra = option.split("_")[0]
-            return f"{group}={option}: not installed; pip install -c constraints.txt '.[{extra}]'"
-        return f"{group}={option}: unknown{near(option, options)}; allowed: {', '.join(options)}"
-    if isinstance(error, OverrideParseException):
-        key, equals, value = str(error.override).partition("=")
-        if not equals:
-            return f"{key}: cannot be read; expected KEY=VALUE, such as batch=2 or norm=gn"
-        value = str(Path(value).expanduser()) if value.startswith("~") else value
-        text = shlex.quote(f"{key}={quoted(value)}")
-        return f"{error.override}: cannot be read; a text with such letters is quoted: {text}"
-    if type(error).__name__ == "OutOfMemoryError":  # torch's, without importing it
-        return f"out of memory: a smaller protocol.forward or model needs less ({first(error)})"
-    if distributed.lost(error):
-        return (
-            f"lost another process of this run; the same command goes on from the last checkpoint "
-            f"({first(error)})"
-        )
-    if isinstance(error, InstantiationException) and isinstance(error.__cause__, ValueError):
-        return explain(error.__cause__)  # a launcher's own
-    if hydras := re.search(r"full_key: (hydra\.\S+)", str(error)):  # of plain types, too
-        return f"{hydras[1]}: cannot be set to that ({first(error)})"
-    if isinstance(error, HydraException | OmegaConfBaseException):
-        cause = error.__cause__
-        missing = re.search(r"Missing mandatory value: (\S+)", f"{error} {cause}")
-        if missing:
-            return f"{missing[1]}=???: needs a value"
-        if "Ambiguous value" in str(error):
-            return f"{first(error)}: several values make a study, which needs -m"
-        unknown = re.match(r"Could not override '([^']*)'", str(error))
-        if unknown:
-            key = getattr(cause, "full_key", None) or unknown[1]
-            keys = known_keys()
-            return f"{key}: no such key{near(key, keys)}; --help lists all"
-        return first(error) + (f" ({first(cause)})" if cause else "")
-    if isinstance(error, OSError) and error.filename:
-        full = "; runtime.runs and data.cache name the folders that are written"
-        return f"{error.filename}: {error.strerror}{full if error.errno in FULL_DISK else ''}"
-    return " ".join(str(error).split()) or type(error).__name__
-
-
-def first(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".:")
-
-
-def known_keys() -> list[str]:
-    from hydra import compose, initialize_config_dir
-    from hydra.core.global_hydra import GlobalHydra
-
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(process.ROOT / "configs"), version_base="1.3"):
-        keys = list(flatten(compose("config", [w for w in sys.argv if CHOICE.fullmatch(w)])))
-    return sorted({*keys, *(k.split(".")[0] for k in keys), "experiment"})
 
 
 def print_error(error: BaseException, what: str = "") -> None:

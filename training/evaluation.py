@@ -15,9 +15,9 @@ import data
 import norms
 from data.transforms import CROPS
 from training import device as devices
-from training.cli import MISTAKES
 from training.config import check
 from training.loop import evaluate
+from training.messages import MISTAKES
 from training.progress import say
 from training.restore import configuration, outcome, trained
 from training.study import composed, composing

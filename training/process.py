@@ -1,5 +1,6 @@
 """What a process and its surroundings owe each other: signals, output, where the project lies."""
 
+import importlib
 import io
 import os
 import signal
@@ -95,7 +96,6 @@ def find_project() -> None:
     path = os.environ.get("PYTHONPATH", "")
     if str(ROOT) not in path.split(os.pathsep):
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), path]))
-    import hydra_plugins
-
-    if str(ROOT / "hydra_plugins") not in hydra_plugins.__path__:
-        hydra_plugins.__path__.append(str(ROOT / "hydra_plugins"))
+    plugins = importlib.import_module("hydra_plugins")  # a namespace, of many packages
+    if str(ROOT / "hydra_plugins") not in plugins.__path__:
+        plugins.__path__.append(str(ROOT / "hydra_plugins"))

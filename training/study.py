@@ -16,9 +16,9 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, open_dict
 
-from training.cli import MISTAKES, explain
 from training.config import check, folder
 from training.files import alone, read_progress, read_result, write
+from training.messages import MISTAKES, explain
 
 COMMANDS = "commands.txt"  # in a study's folder, a line each
 PLAIN = re.compile(r"(batch|seed)=\d+")
