@@ -62,15 +62,17 @@ class Conversion:
     swapped: dict[str, nn.Module] = field(default_factory=dict)
     left: dict[str, str] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        self.layers = dict(self.host.named_modules(remove_duplicate=False))  # as they are before
+
     def __str__(self) -> str:
-        layers = dict(self.host.named_modules(remove_duplicate=False))
         kinds = Counter(
-            f"{type(layers[name]).__name__} -> {type(new).__name__}"
+            f"{type(self.layers[name]).__name__} -> {type(new).__name__}"
             for name, new in self.swapped.items()
         )
         swapped = [f"  {count} x {kind}" for kind, count in kinds.items()]
         left = [
-            f"  {name or 'the module'} ({type(layers[name]).__name__}): {why}"
+            f"  {name or 'the module'} ({type(self.layers[name]).__name__}): {why}"
             for name, why in self.left.items()
         ]
         head = f"{type(self.host).__name__} to {self.scheme.name}: swapped"
@@ -80,7 +82,6 @@ class Conversion:
         """Swap the layers in place and return the network; after a `ValueError` of the scheme's
         own check it is as it was."""
         root = nn.ModuleDict({"host": self.host})  # so that the host itself can be a layer to swap
-        layers = dict(self.host.named_modules(remove_duplicate=False))
         for name, new in self.swapped.items():
             replace_module(root, f"host.{name}".rstrip("."), new)
         try:
@@ -88,7 +89,7 @@ class Conversion:
                 self.scheme.check(root["host"])
         except ValueError:
             for name in self.swapped:
-                replace_module(root, f"host.{name}".rstrip("."), layers[name])
+                replace_module(root, f"host.{name}".rstrip("."), self.layers[name])
             raise
         return root["host"]
 
@@ -121,7 +122,8 @@ def _take_over(new: nn.Module, old: nn.Module) -> None:
 
 
 def _reference(layer: nn.Module) -> Tensor | None:
-    return next((t for t in layer.state_dict().values() if t.is_floating_point()), None)
+    values = (*layer.parameters(), *layer.buffers())
+    return next((t for t in values if t.is_floating_point()), None)
 
 
 @torch.no_grad()
@@ -223,23 +225,25 @@ def _dimensions(norm: Any, before: Any) -> int:
     for cls, dim in DIMENSIONS.items():
         if isinstance(norm, cls) and not isinstance(norm, BatchStatisticsNorm):
             return dim
-    return before.weight.dim() - 2 if isinstance(before, _ConvNd) else getattr(norm, "dim", 2)
+    return (
+        before.weight.dim() - 2 if isinstance(before, _ConvNd) else getattr(norm, "dim", None) or 2
+    )
 
 
 def conversion(module: nn.Module, scheme: Scheme) -> Conversion:
     """What `convert` would swap and leave. Raises `ValueError`, in one line, as `convert` does."""
     host = type(module).__name__
-    every = list(module.named_modules(remove_duplicate=False))
+    plan = Conversion(module, scheme)
     leaves = [
         (name, x)
-        for name, x in every
+        for name, x in plan.layers.items()
         if isinstance(x, _BatchNorm | _ConvNd | BatchChannelNorm2d)  # which may have children
         or not (isinstance(x, nn.Identity) or any(x.children()))
     ]
-    whole = [n for n, x in leaves if isinstance(x, _BatchNorm | BatchChannelNorm2d)]
-    inside = tuple(f"{name}." for name in whole if name)  # the activation of timm's norm-act layers
+    whole = [n for n, x in leaves if isinstance(x, _BatchNorm | _ConvNd | BatchChannelNorm2d)]
+    # such as the activation of timm's norm-act layers, or the parametrization of a weight
+    inside = tuple(f"{name}." for name in whole if name)
     leaves = [(name, x) for name, x in leaves if not name.startswith(inside)]
-    plan = Conversion(module, scheme)
 
     # The norms, and the layer with weights ahead of each.
     norms: dict[str, Any] = {}
@@ -259,13 +263,16 @@ def conversion(module: nn.Module, scheme: Scheme) -> Conversion:
             )
             if flat:
                 plan.left[name] = "no maps: it follows no 1-d convolution of as many channels"
-            elif is_parametrized(layer):
-                plan.left[name] = "its weight is parametrized"
+            elif is_parametrized(layer) or "weight" not in layer._parameters:
+                raise ValueError(
+                    f"{name} of {host}: the gain of this {type(layer).__name__} is computed "
+                    f"(parametrized or pruned), which no other norm can take; remove that first"
+                )
             else:
                 norms[name], ahead[name] = layer, weighted
         elif isinstance(layer, BatchChannelNorm2d):
             plan.left[name] = "has been converted already"
-        elif any(True for _ in layer.parameters(recurse=False)):
+        elif isinstance(layer, _ConvNd) or any(True for _ in layer.parameters(recurse=False)):
             weighted = layer
             if "Norm" in type(layer).__name__:
                 plan.left[name] = "is no batch norm"
@@ -309,6 +316,11 @@ def conversion(module: nn.Module, scheme: Scheme) -> Conversion:
         if layer not in new:
             dim = _dimensions(layer, ahead[name])
             new[layer] = _new_norm(layer, scheme, name in (first, end), dim)
+            if dim != 2 and getattr(new[layer], "maps", "*") != "*":
+                raise ValueError(
+                    f"{name} of {host}: norm={scheme.name} is of two-dimensional maps, and these "
+                    f"have {dim}; expected another norm"
+                )
     plan.swapped = {name: new[layer] for name, layer in leaves if layer in new}
     return plan
 
@@ -316,7 +328,7 @@ def conversion(module: nn.Module, scheme: Scheme) -> Conversion:
 def _check_premise(
     plan: Conversion,
     scheme: Scheme,
-    norms: dict[str, Any],
+    norms: dict[str, nn.Module],
     ahead: dict[str, Any],
     new: dict[nn.Module, nn.Module],
     convolutions: dict[nn.Module, str],
@@ -325,25 +337,25 @@ def _check_premise(
     if the method needs them, else warn of it."""
     with torch.device("meta"):
         own = isinstance(scheme.conv(2, 2, 3), StandardizedConv)
-    if not own:
+    if not own or plan.host in norms.values():  # of a layer alone, nobody knows what is ahead
         return
-    stay = [name for name, conv in ahead.items() if isinstance(conv, _ConvNd) and conv not in new]
     host, count = type(plan.host).__name__, len(norms)
-    if not new or (scheme.needs_conv and stay):
-        first = ahead[stay[0]] if stay else None
-        why = convolutions.get(first, "") if first is not None else ""
-        reason = why or "it has a bias and no norm right behind it"
-        raise ValueError(
-            f"norm={scheme.name}: {len(stay)} of {count} norms of {host} stand behind a "
-            f"convolution that stays ({stay[0] if stay else 'all'}: {reason}), where the method is "
-            f"another; expected norm=bn, gn or another that keeps the convolutions"
-        )
+    stay = [conv for conv in ahead.values() if isinstance(conv, _ConvNd) and conv not in new]
     if stay:
-        warnings.warn(
-            f"norm={scheme.name}: {len(stay)} of {count} norms of {host} stand behind a "
-            f"convolution that is not standardized, the first of them {stay[0]}",
-            stacklevel=4,
+        name = next(name for name, layer in plan.layers.items() if layer is stay[0])
+        why = convolutions.get(stay[0]) or "it has a bias and no norm right behind it"
+        what = f"{len(stay)} of {count} norms of {host} stand behind a convolution that stays"
+        what += f" ({name}: {why})"
+    elif not new:
+        what = f"none of the {count} norms of {host} stands behind a convolution"
+    else:
+        return
+    if scheme.needs_conv or not new:
+        raise ValueError(
+            f"norm={scheme.name}: {what}, where the method is another; expected norm=bn, gn or "
+            f"another that keeps the convolutions"
         )
+    warnings.warn(f"norm={scheme.name}: {what}", stacklevel=4)
 
 
 def convert(module: nn.Module, scheme: Scheme) -> nn.Module:

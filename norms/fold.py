@@ -15,10 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.nn.utils.parametrize import is_parametrized
 
 from .convert import _activate, replace_module
+from .layer import BatchStatisticsNorm
 from .scheme import CONV, frozen_batch_norm
 from .standardized import StandardizedConv
 
@@ -125,6 +127,10 @@ def fold(module: nn.Module) -> nn.Module:
     added hooks or parametrizations stay as they are.
     """
     network = _copy(module).eval()
+    dims = {x.weight.dim() - 2 for x in network.modules() if isinstance(x, _ConvNd)}
+    for module in network.modules():
+        if isinstance(module, BatchStatisticsNorm | nn.SyncBatchNorm) and len(dims) == 1:
+            module.dim = getattr(module, "dim", None) or min(dims)
     before = _convolutions_before(network)
     root = nn.ModuleDict({"net": network})  # so that `module` itself can be a layer to replace
     layers = list(root.named_modules(remove_duplicate=False))
@@ -140,9 +146,10 @@ def fold(module: nn.Module) -> nn.Module:
         parts = _plain_norm(layer)
         if parts == [layer]:
             continue
-        if layer in before and isinstance(parts[0], _BatchNorm):
+        norm: Any = parts[0]
+        if layer in before and isinstance(norm, _BatchNorm) and norm.running_mean is not None:
             conv: Any = before[layer]
-            new[conv] = fuse_conv_bn_eval(new.get(conv, conv), parts[0])
+            new[conv] = fuse_conv_bn_eval(new.get(conv, conv), norm)
             parts = parts[1:]
         parts = [p for p in parts if not isinstance(p, nn.Identity)] or [nn.Identity()]
         new[layer] = nn.Sequential(*parts) if len(parts) > 1 else parts[0]

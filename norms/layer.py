@@ -38,6 +38,8 @@ def repeated() -> bool:
 def settle(layer: nn.Module, before: list[Tensor]) -> None:
     """After a forward pass of another library's layer, which moved its own state: back to `before`,
     copies of its buffers, where the state of ours would not have moved."""
+    if not before:
+        return
     floats = [b.flatten() for b in layer.buffers() if b.is_floating_point()]
     moves = torch.cat(floats).isfinite().all() & (not repeated())
     for buffer, old in zip(layer.buffers(), before, strict=True):
@@ -56,7 +58,7 @@ class BatchStatisticsNorm(Leaf, nn.BatchNorm2d):
     """
 
     state: dict[str, float] = {}
-    dim = 2  # of the maps, as far as `fold` has to know
+    dim: int | None = None  # of the maps, where `convert` has seen it: `fold` has to know
     batch_size: int | None
     running_mean: Any  # None where a tool has taken them away
     running_var: Any
@@ -90,7 +92,13 @@ class BatchStatisticsNorm(Leaf, nn.BatchNorm2d):
     @property
     def affine(self) -> bool:  # type: ignore[override]
         """Whether there are a gain and a shift per channel."""
-        if sys._getframe(1).f_code.co_name == "convert_sync_batchnorm" and (
+        tool = sys._getframe(1).f_code.co_name
+        if hasattr(self, "act") and tool in ("convert_sync_batchnorm", "freeze_batch_norm_2d"):
+            raise ValueError(
+                f"{type(self).__name__}: {tool} would lose the activation of what was a norm and "
+                f"activation in one; set these layers to evaluation mode, or leave them as they are"
+            )
+        if tool == "convert_sync_batchnorm" and (
             self.batch_size is not None or "num_batches_tracked" not in self.state
         ):
             raise ValueError(

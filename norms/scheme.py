@@ -83,7 +83,9 @@ def biased_conv(
 def frozen_batch_norm(layer: Any, mean: Tensor | None, var: Any) -> nn.Module:
     """The layer's gain * (x - mean) / sqrt(var + eps) + shift, as PyTorch's own layer in evaluation
     mode."""
-    new: Any = BATCH_NORM[getattr(layer, "dim", 2)](len(var), layer.eps).to(var).eval()
+    known = (dim for dim, kind in BATCH_NORM.items() if isinstance(layer, kind))
+    dim = getattr(layer, "dim", None) or next(known, 2)
+    new: Any = BATCH_NORM[dim](len(var), layer.eps).to(var).eval()
     with torch.no_grad():
         for name, value in (("running_mean", mean), ("running_var", var)):
             if value is not None:

@@ -59,6 +59,8 @@ class SyncBatchNorm2d(Leaf, nn.SyncBatchNorm):
 
     def fold(self) -> nn.Module:
         """What it computes in evaluation, in PyTorch's own layers: see `norms/fold.py`."""
+        if self.running_mean is None:
+            return self
         return frozen_batch_norm(self, self.running_mean, self.running_var)
 
 

@@ -150,3 +150,22 @@ def test_what_somebody_added_to_a_layer_is_not_lost(as_default):
         for _ in range(3):
             model(torch.randn(4, 3, 8, 8))
         same(model, norms.fold(model), 8)
+
+
+@pytest.mark.parametrize("dim", [1, 2, 3])
+@pytest.mark.parametrize("name", ["mabn", "brn", "bn", "bcn", "sync_bn"])
+def test_a_layer_of_ones_own_network_folds_by_its_number_of_dimensions(name, dim):
+    """Not put there by `convert`, and without a convolution to go into."""
+    norm, conv = norms.build(name, batch_size=4).norm(6), (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dim - 1]
+    net = nn.Sequential(norm, nn.ReLU(), conv(6, 6, 1))
+    x = torch.randn(4, 6, *(4 for _ in range(dim)))
+    net(x)
+    with torch.no_grad():
+        torch.testing.assert_close(norms.fold(net)(x), net.eval()(x), rtol=1e-4, atol=1e-5)
+
+
+def test_features_behind_a_linear_layer(as_default):
+    net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    net(torch.randn(8, 3) + 2)
+    folded, x = norms.fold(net), torch.randn(8, 3)
+    torch.testing.assert_close(folded(x), net.eval()(x))
