@@ -6,7 +6,7 @@ import shutil
 import pytest
 from omegaconf import OmegaConf
 
-from scripts import runs
+from reporting.read import load
 from tests.data.folders import noise
 from training.study import cells, jobs
 
@@ -85,7 +85,7 @@ def test_two_data_sets_in_folders_of_one_name_are_two_runs(start, tmp_path):
     assert swept.status == 0, swept.err
     results = sorted(swept.runs.glob("a/*/result.json"))
     assert sorted(json.loads(f.read_text())["classes"] for f in results) == [2, 4]
-    told = {r.config["data.root"] for r in runs.read(swept.runs / "a")}
+    told = {own["data.root"] for own in load(swept.runs / "a")["identity"]}
     assert len(told) == 2
     assert "images" in told
     assert told & {"pets/images", "birds/images"}
@@ -108,7 +108,7 @@ def test_moved_data_go_on_bit_for_bit(start, tmp_path, where):
     assert again.run("bn") == folder
     assert rows(folder) == rows(whole.parent / "kept")
     assert "already, skipped" in start(to).out
-    assert {r.config["data.root"] for r in runs.read(again.runs / "a")} == {to.name}
+    assert {own["data.root"] for own in load(again.runs / "a")["identity"]} == {to.name}
     noise(to, train=9)
     assert "12 training images there, 18 here" in start(to).err
 
@@ -158,7 +158,7 @@ def test_runs_without_a_fingerprint_stay_usable(start, tmp_path, finished):
     assert again.run() == folder
     assert (folder / "data.json").exists() is not finished
     if finished:
-        assert runs.read(folder.parent)[0].config["data.root"] == "images"
+        assert load(folder.parent)["identity"][0]["data.root"] == "images"
     else:
         noise(root, train=9)
         assert "12 training images there, 18 here" in start(root).err

@@ -95,8 +95,8 @@ def test_processes_share_an_sgd_batch(one, tmp_path, processes, norms):
                 torch.testing.assert_close(value, theirs["model"][key], rtol=1e-4, atol=1e-5)
         ours, theirs = result(one, f"{norm}-"), result(many, f"{norm}-")
         assert theirs["devices"] == processes
-        assert (ours["sgd_batch"], ours["learning_rate"], ours["updates"]) == (
-            theirs["sgd_batch"],
+        assert (ours["sgd_batch_size"], ours["learning_rate"], ours["updates"]) == (
+            theirs["sgd_batch_size"],
             theirs["learning_rate"],
             theirs["updates"],
         )
@@ -121,7 +121,7 @@ def test_each_process_has_its_own_running_statistics(tmp_path):
                 assert torch.equal(value, state["model"][key]) == (rule == "mean"), key
     names = [folder(tmp_path / rule).name for rule in ("first", "mean")]
     assert len(set(names)) == 2
-    assert result(tmp_path / "first")["sgd_batch"] == 8  # direct: a batch on each device
+    assert result(tmp_path / "first")["sgd_batch_size"] == 8  # direct: a batch on each device
 
 
 LONG = ["norm=mabn", "batch=4", "recipe.epochs=2", "runtime.log_every=5"]
