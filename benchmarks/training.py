@@ -6,10 +6,10 @@ takes to compile, and memory.
 Time: forward, backward and optimizer step of `--images` images in groups of `--batch` that share
 statistics (protocol `ghost`); `nn.BatchNorm2d` is PyTorch's own layer over all of them. As it is
 (eager), with the layers compiled one by one (layers), and compiled as a whole (network), in both
-memory formats, all in one run; `--before` measures another checkout in the same rounds, eager, from a
-process of its own as every scheme is. On one thread of a CPU the clock is the process's
-own time, which other programs do not add to. Ratios are to the fastest `nn.BatchNorm2d` of all ways
-and formats; the second table has the fastest of each scheme.
+memory formats, all in one run; `--before` measures another checkout in the same rounds, eager, from
+a process of its own as every scheme is. On one thread of a CPU the clock is the process's own time,
+which other programs do not add to. Ratios are to the fastest `nn.BatchNorm2d` of all ways and
+formats; the second table has the fastest of each scheme.
 
 Compile: seconds of the first step, with an empty cache of compiled code, and in a new process with
 what that left; channels-last.
