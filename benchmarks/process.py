@@ -82,21 +82,21 @@ def programs(
     theirs = [str(place), *(f"--{key}={getattr(args, key)}" for key in keys)]
     ours = [
         *("data=folder", f"data.root={place}", "norm=bn", f"model={args.model}"),
-        *(f"batch={args.batch}", f"recipe.epochs={args.epochs}"),
-        *(f"runtime.threads={args.threads}", "device=auto"),
+        *(f"batch={args.batch}", f"runtime.threads={args.threads}", "device=auto"),
     ]
     number = itertools.count()
 
-    def train(*more: str) -> dict[str, float]:
+    def train(length: str) -> dict[str, float]:
         own = place / f"whole{next(number)}"
         places = [f"runtime.runs={own}", f"data.cache={own / 'cache'}"]
-        return start(str(ROOT / "train.py"), *ours, *places, *more)
+        return start(str(ROOT / "train.py"), *ours, *places, length)
 
     def start(*command: str) -> dict[str, float]:
         return run_program([sys.executable, *command], place, args.threads)
 
     each = {name: partial(start, "-m", PEERS[name], *theirs) for name in peers}
-    return {"train.py": train, "start": partial(train, "recipe.updates=1"), **each}
+    whole, first = (partial(train, f"recipe.{x}") for x in (f"epochs={args.epochs}", "updates=1"))
+    return {"train.py": whole, "start": first, **each}
 
 
 def run(args: argparse.Namespace) -> None:

@@ -57,8 +57,16 @@ def he_init(conv: Any, mode: Literal["fan_in", "fan_out"] = "fan_out") -> Any:
     return conv
 
 
+Classes = Mapping[int, Callable[..., nn.Module]] | Callable[..., nn.Module]
+
+
+def of_dimensions(classes: Classes, dim: int) -> Callable[..., nn.Module]:
+    """The convolution of `dim` dimensions among `classes`, which may be a single one."""
+    return classes[dim] if isinstance(classes, Mapping) else classes
+
+
 def conv(
-    classes: Mapping[int, Callable[..., nn.Module]],
+    classes: Classes,
     *args: Any,
     dim: int = 2,
     inner: bool = False,
@@ -66,18 +74,18 @@ def conv(
 ) -> nn.Module:
     """A convolution of `dim` dimensions that a norm follows: no bias, since the norm's shift is
     one."""
-    return he_init(classes[dim](*args, bias=False, **kwargs))
+    return he_init(of_dimensions(classes, dim)(*args, bias=False, **kwargs))
 
 
 def biased_conv(
-    classes: Mapping[int, Callable[..., nn.Module]],
+    classes: Classes,
     *args: Any,
     dim: int = 2,
     inner: bool = False,
     **kwargs: Any,
 ) -> nn.Module:
     """A convolution that no norm follows."""
-    return he_init(classes[dim](*args, bias=True, **kwargs))
+    return he_init(of_dimensions(classes, dim)(*args, bias=True, **kwargs))
 
 
 def frozen_batch_norm(layer: Any, mean: Tensor | None, var: Any) -> nn.Module:

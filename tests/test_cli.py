@@ -607,7 +607,7 @@ def assert_same_weights(a, b):
             assert tensor is None or torch.equal(tensor, two["optimizer"]["state"][key][name])
 
 
-TIMES = {"images_per_second", "seconds", "wall_seconds"}
+TIMES = {"images_per_second", "seconds", "wall_seconds", "compiled_reason"}
 
 
 def metrics(folder):

@@ -6,7 +6,8 @@ import pytest
 from PIL import Image
 
 from benchmarks import loader
-from data.stream import cut, decode, random_resized, scale
+from data.decoding import decode
+from data.transforms import cut, random_resized, scale
 
 LOADERS = ["smallbatch", "torchvision", "timm", "timm, prefetcher"]
 
