@@ -12,12 +12,12 @@ from norms.layer import Leaf
 
 Mode = Literal["network", "layers", "false"]
 
-# On one core at 2.5 GHz: what convolutions do in a second, forward and backward, and how long an
+# On one core of a Xeon: what convolutions do in a second of ResNet-20's training, and how long an
 # update takes to start however small it is.
-MULTIPLY_ADDS = 15e9
+MULTIPLY_ADDS = 40e9
 START = 3e-3
-# Compiling ResNet-20 takes a core 25 to 80 seconds the first time, and saves a tenth (`gn`) to a
-# half (`bn` in groups) of a step: results/training.
+# Compiling ResNet-20 takes 40 to 80 seconds the first time, and saves a tenth (PyTorch's batch norm)
+# to a half (`bn` in groups) of a step: results/training. So it pays from 80 to 800 seconds on.
 WORTH = 300
 SHARED = 1e8  # multiply-adds of a forward pass from which two threads take less time than one
 
