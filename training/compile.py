@@ -16,8 +16,9 @@ Mode = Literal["network", "layers", "false"]
 # update takes to start however small it is.
 MULTIPLY_ADDS = 40e9
 START = 3e-3
-# Compiling ResNet-20 takes 40 to 80 seconds the first time, and saves a tenth (PyTorch's batch norm)
-# to a half (`bn` in groups) of a step: results/training. So it pays from 80 to 800 seconds on.
+# Seconds of training from which compiling pays on a CPU: for ResNet-20 it takes 40 to 80 the first
+# time and saves a tenth (PyTorch's batch norm) to a half (`bn` in groups) of a step, so from 80 to
+# 800 on (results/training).
 WORTH = 300
 SHARED = 1e8  # multiply-adds of a forward pass from which two threads take less time than one
 
