@@ -47,3 +47,8 @@ choose() {
 choose norm=bn,bcn,mabn,pws
 choose norm=gn,ws_gn norm.channels_per_group=2,4,8
 choose norm=brn_short
+
+# The study, each scheme at the learning rate that did best above: a table whenever it has to stop.
+study() { train study=cifar10_cpu "$@"; }
+study norm=bn,bcn,mabn recipe.lr=0.2 seed=0 batch=2,8,32
+study norm=pws recipe.lr=0.1 seed=0 batch=32
