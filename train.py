@@ -65,11 +65,11 @@ def main(cfg: DictConfig) -> float | None:
         scheme=scheme,
         num_classes=source.num_classes,
         in_channels=source.channels,
-        say=say,
+        log=say,
     )
     probe = probes.build(**cfg.probe, model=model, batch=plan.batch)
     shape = (plan.forward, source.channels, source.size, source.size)
-    models.rehearse(model, shape, source.num_classes, meta=plan.devices > 1)
+    models.dry_run(model, shape, source.num_classes, meta=plan.devices > 1)
     graph.wanted(cfg, where)
     work = compile.multiply_adds(model, shape[1:])
 
@@ -107,7 +107,9 @@ def main(cfg: DictConfig) -> float | None:
         recording = debug.recording(checking, cfg.recipe, run.folder, say)
         with closing(TensorBoard(run.folder, done, hyperparameters)) as tensorboard, recording:
             progress = loop.train(model, loader, plan, cfg, run, tensorboard, state, probe, choice)
-            result = report.result(cfg, plan, source, model, loader, scheme.batch_free, progress)
+            result = report.result(
+                cfg, plan, source, model, loader, scheme.batch_independent, progress
+            )
             tensorboard.finish(result)
         run.finish(result)
         say(report.closing(result))

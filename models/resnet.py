@@ -150,13 +150,13 @@ class ResNet(nn.Module):
     ):
         super().__init__()
         self.pre = ORDERS[block]
-        end_norm = scheme.end_norm or scheme.norm
+        boundary_norm = scheme.boundary_norm or scheme.norm
         large = stem == "imagenet"
         size, stride, padding = (7, 2, 3) if large else (3, 1, 1)
         channels = widths[0]
         self.conv1 = scheme.conv(in_channels, channels, size, stride=stride, padding=padding)
-        own_act = scheme.norm_act if not (self.pre or scheme.end_norm) else None
-        self.norm1 = (own_act or end_norm)(channels)
+        own_act = scheme.norm_act if not (self.pre or scheme.boundary_norm) else None
+        self.norm1 = (own_act or boundary_norm)(channels)
         self.act = unchanged if own_act or block == "pws_tf" else F.relu
         self.pool = nn.MaxPool2d(3, 2, 1) if large else nn.Identity()
         for i, (width, depth) in enumerate(zip(widths, depths, strict=True), 1):
@@ -166,7 +166,7 @@ class ResNet(nn.Module):
                 blocks.append(make_block(channels, width, stride, scheme, block, pad))
                 channels = width * blocks[-1].expansion
             self.add_module(f"layer{i}", nn.Sequential(*blocks))
-        self.norm = scheme.end_norm(channels) if scheme.end_norm else nn.Identity()
+        self.norm = scheme.boundary_norm(channels) if scheme.boundary_norm else nn.Identity()
         self.fc = nn.Linear(channels, num_classes)
         nn.init.normal_(self.fc.weight, std=0.01)  # Goyal et al., arXiv 1706.02677, sec. 5.1
         nn.init.zeros_(self.fc.bias)

@@ -24,13 +24,13 @@ class Scheme:
     """The layer after a convolution with that many output channels."""
     norm_act: Callable[[int], nn.Module] | None = None
     """The norm with its own activation, in place of norm and ReLU, where a method has one."""
-    end_norm: Callable[[int], nn.Module] | None = None
+    boundary_norm: Callable[[int], nn.Module] | None = None
     """The norm after the stem and after the last stage, where a method normalizes only there."""
     block: str = "post"
     """The order in a residual block that the method's paper uses: `post`, `pws` or `pws_tf`."""
     zero_init: bool = False
     """Whether the paper starts the last norm of every residual branch at zero."""
-    batch_free: bool = False
+    batch_independent: bool = False
     """Whether no statistic ever crosses images: then the batch size changes nothing."""
     needs_conv: bool = False
     """Whether a norm is the method's only behind the method's own convolution."""

@@ -42,7 +42,7 @@ def table() -> pd.DataFrame:
         method=rows["norm"].map(scheme),
         network=rows["model"].map(lambda model: names["models"].get(model, [])),
         images=rows["dataset"].map(lambda data: names["data"].get(data, [])),
-        free=[norm.split(" (")[0] in names["batch_free"] for norm in rows["norm"]],
+        free=[norm.split(" (")[0] in names["batch_independent"] for norm in rows["norm"]],
     )
 
 

@@ -77,7 +77,7 @@ def show(made: list[Row], gpus: list[int], limit: float, where: str, console: Co
                     else "only a smaller model needs less"
                 )
             )
-    same = [row for row in made if row.batch_free and row.cfg.protocol.name != "direct"]
+    same = [row for row in made if row.batch_independent and row.cfg.protocol.name != "direct"]
     alike = Counter((row.scheme, row.plan.sgd_batch) for row in same if row.left)
     names = sorted({scheme for (scheme, _), count in alike.items() if count > 1})
     if names:

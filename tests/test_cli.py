@@ -858,7 +858,7 @@ class RMS(nn.Module):
         return x * self.weight[:, None, None] + self.bias[:, None, None]
 
 def scheme(batch_size=None, eps=1e-5):
-    return Scheme("rms", partial(conv, nn.Conv2d), partial(RMS, eps=eps), batch_free=True)
+    return Scheme("rms", partial(conv, nn.Conv2d), partial(RMS, eps=eps), batch_independent=True)
 '''
 
 

@@ -36,7 +36,7 @@ class Row:
     """In all evaluations of a run."""
     memory: int
     """Bytes."""
-    batch_free: bool
+    batch_independent: bool
     runs: int = 0
     left: int = 0
     """Runs that are not over."""
@@ -141,7 +141,7 @@ def rows(found: list[Cell], speed: float | None, where: torch.device, limit: flo
                 updates,
                 test * max(1, int(epochs / recipe.eval_every)),
                 needs,
-                scheme.batch_free,
+                scheme.batch_independent,
             )
         row = made[key]
         row.runs += 1

@@ -277,7 +277,7 @@ def test_what_mabn_cannot_do_in_training_is_one_line(name):
 def test_torch_func(name, as_default):
     """In evaluation, and in training where no statistic crosses images or moves."""
     layer, x = trained(name), images(name, 2)
-    for training in MODES if layer.scheme.batch_free else [False]:
+    for training in MODES if layer.scheme.batch_independent else [False]:
         layer.train(training)
         parameters = {k: p.detach() for k, p in layer.named_parameters()}
 

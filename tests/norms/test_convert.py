@@ -46,7 +46,7 @@ def test_architectures(name, library, network):
     options = {"min_channels": 1, "groups": 16} if name in ("gn", "ws_gn") else {}
     scheme = norms.build(name, batch_size=2, **options)
     model = build(library, network, scheme)
-    models.rehearse(model, (4, 3, 64, 64), 7)
+    models.dry_run(model, (4, 3, 64, 64), 7)
     kinds = {type(m) for m in model.modules()}
     assert nn.BatchNorm2d not in kinds
     assert {type(scheme.conv(8, 8, 3)), type(scheme.norm(32))} <= kinds
@@ -58,7 +58,7 @@ def test_every_scheme_goes_into_norm_activation_layers(name):
     options = {"min_channels": 1} if name in ("gn", "ws_gn", "bcn", "evonorm_s0") else {}
     scheme = norms.build(name, batch_size=2, **options)
     model = build("timm", "regnety_002", scheme)
-    models.rehearse(model, (4, 3, 64, 64), 7)
+    models.dry_run(model, (4, 3, 64, 64), 7)
     if scheme.norm_act:
         acts = [m for m in model.modules() if getattr(m, "apply_act", False)]
         assert acts

@@ -10,7 +10,7 @@ import models
 import norms
 
 ALL = norms.names()
-BATCH_FREE = {"gn", "ws_gn", "pws", "ln", "in", "none", "frn", "evonorm_s0"}
+BATCH_INDEPENDENT = {"gn", "ws_gn", "pws", "ln", "in", "none", "frn", "evonorm_s0"}
 GHOSTS = [name for name in ALL if name != "sync_bn"]  # which takes one batch at a time
 # Short warm-ups and schedules, so that a few steps reach every branch.
 SHORT = {"moving_average_batch_size": 8, "warmup": 6}
@@ -78,18 +78,18 @@ def test_sync_bn_refuses_ghost_batches():
 
 
 @pytest.mark.parametrize("name", GHOSTS + list(VARIANTS))
-def test_batch_free_says_the_truth(name):
+def test_batch_independent_says_the_truth(name):
     scheme = norms.build(name.split()[0], batch_size=2)
-    assert scheme.batch_free == (name.split()[0] in BATCH_FREE)
+    assert scheme.batch_independent == (name.split()[0] in BATCH_INDEPENDENT)
     x = torch.randn(4, 2, 8, 8)
     model = small(name, 2)
     together = model(x)
-    if scheme.batch_free:
+    if scheme.batch_independent:
         single = torch.cat([small(name, 2)(p) for p in x.split(1)])
         assert torch.allclose(together, single, atol=1e-5)
     other = torch.cat([x[:1], torch.randn(3, 2, 8, 8)])
     same = torch.allclose(small(name, 2)(other)[0], together[0], atol=1e-5)
-    assert same == scheme.batch_free
+    assert same == scheme.batch_independent
 
 
 @pytest.mark.parametrize("name", ALL)

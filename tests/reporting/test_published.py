@@ -13,7 +13,7 @@ EXPERIMENTS = load()["experiments"]
 
 def test_names_are_ours():
     names = load()["names"]
-    schemes = {scheme(norm) for norm in (*names["norms"], *names["batch_free"])}
+    schemes = {scheme(norm) for norm in (*names["norms"], *names["batch_independent"])}
     assert schemes <= set(norms.names())
     ours = {model for models in names["models"].values() for model in models if "/" not in model}
     assert ours <= set(NETWORKS)
@@ -21,11 +21,11 @@ def test_names_are_ours():
     assert set(names["data"]) == {row["dataset"] for row in load()["rows"]}
 
 
-def test_batch_free_is_what_the_schemes_say():
-    free = set(load()["names"]["batch_free"])
+def test_batch_independent_is_what_the_schemes_say():
+    free = set(load()["names"]["batch_independent"])
     for norm in {row["norm"].split(" (")[0] for row in load()["rows"]}:
         if scheme(norm) in norms.names():
-            assert norms.build(scheme(norm), batch_size=2).batch_free == (norm in free), norm
+            assert norms.build(scheme(norm), batch_size=2).batch_independent == (norm in free), norm
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)

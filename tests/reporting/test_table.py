@@ -91,7 +91,7 @@ def test_a_folder_that_holds_no_run_is_no_run(study):
     assert list(cells(study)) == ["bn"]
 
 
-def test_one_run_fills_the_row_of_a_batch_free_scheme(study):
+def test_one_run_fills_the_row_of_a_batch_independent_scheme(study):
     put(study, "bn", 2, 0, 90.0)
     put(study, "bn", 8, 0, 95.0)
     put(study, "gn", 8, 0, 93.0, free=True)
@@ -111,7 +111,7 @@ def test_but_not_where_the_sgd_batch_follows_the_batch(study):
     assert "SGD batch equal to the batch size" in table(study / "direct").caption
 
 
-def test_a_batch_free_scheme_that_diverged_did_so_at_every_batch_size(study):
+def test_a_batch_independent_scheme_that_diverged_did_so_at_every_batch_size(study):
     put(study, "bn", 2, 0, 90.0)
     put(study, "gn", 8, 0, status="diverged", free=True)
     assert cells(study)["gn"] == {2: "1 diverged", 8: "1 diverged"}
