@@ -134,6 +134,8 @@ def rows() -> list[list[str]]:
         ("ws", "unbiased, eps outside", ws(4, 6, 3), lambda w: standardize(w, True, 1e-5, False)),
         ("ws", "unbiased, eps inside (BCN)", ws(4, 6, 3, eps_inside=True),
          lambda w: standardize(w, True, 1e-5, True)),
+        ("ws", "biased, eps inside (paper)", ws(4, 6, 3, eps_inside=True, unbiased=False),
+         lambda w: standardize(w, False, 1e-5, True)),
         ("ws", "biased, eps 1e-6 inside (timm)",
          ws(4, 6, 3, eps_inside=True, unbiased=False, eps=1e-6),
          lambda w: standardize(w, False, 1e-6, True)),

@@ -280,6 +280,10 @@ CONVS = {
         lambda *a, **k: WSConv2d(*a, eps_inside=True, **k),
         lambda w: literal.standardize(w, True, 1e-5, True),
     ),
+    "ws_paper": (
+        lambda *a, **k: WSConv2d(*a, unbiased=False, eps_inside=True, **k),
+        lambda w: literal.standardize(w, False, 1e-5, True),
+    ),
     "ws_biased": (
         lambda *a, **k: WSConv2d(*a, unbiased=False, eps_inside=True, eps=1e-6, **k),
         lambda w: literal.standardize(w, False, 1e-6, True),

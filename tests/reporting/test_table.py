@@ -300,8 +300,10 @@ def test_a_row_without_a_batch_size(study):
     assert theirs == {"bn": ["n/a"], "gn": ["75.19 [1] +0.81"], "ws_gn": ["76.28 [2] −0.28"]}
     assert any(n.startswith("at no batch size that is named: BN 75.7, WS 19") for n in made.notes())
     imagenet(study / "small", "ws_gn", 2, 0, 70.0, experiment="ws_imagenet", free=True, sgd=2)
-    assert beside(study / "small", rule="last") == {"ws_gn": ["76.28 [1] −6.28"]}  # of the figure
-    assert "Fig. 1" in table(study / "small", rule="last").notes()[1]
+    assert beside(study / "small", rule="last") == {
+        "ws_gn": ["76.28 [1] −6.28"]
+    }  # of an unknown SGD batch
+    assert "Table 6" in table(study / "small", rule="last").notes()[1]
 
 
 def test_only_beside_the_same_network_on_all_of_the_same_data(study):
