@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # which `python -P` le
 
 from training import process
 
-process.handle(signal.SIG_DFL)  # no traceback while the rest is imported
+process.set_handlers(signal.SIG_DFL)  # no traceback while the rest is imported
 
 import hydra
 from omegaconf import DictConfig
@@ -47,16 +47,16 @@ def main(cfg: DictConfig) -> float | None:
     from training.run import Run
     from training.tensorboard import TensorBoard
 
-    distributed.join(cfg)
+    distributed.init(cfg)
     # Every mistake that can be seen without data is found before the run has a folder.
     config.check(cfg)
     plan = protocol.plan(cfg)
-    where = device.find(cfg.device)
+    where = device.resolve(cfg.device)
     checking = cfg.get("debug")  # a run that counts for nothing
     debug.check(checking, cfg.recipe, plan)
-    source = data.find(cfg.data, plan.sgd_batch, cfg.recipe)
+    source = data.resolve(cfg.data, plan.sgd_batch, cfg.recipe)
     options = {k: v for k, v in cfg.norm.items() if k != "name"}
-    sizes = dict(batch_size=plan.batch, sgd_batch_size=plan.share)
+    sizes = dict(batch_size=plan.batch, sgd_batch_size=plan.per_device_batch)
     scheme = norms.build(cfg.norm.name, **sizes, **options)
     config.check_precision(cfg, scheme.loss_scaling)
     torch.manual_seed(cfg.seed)
@@ -68,9 +68,9 @@ def main(cfg: DictConfig) -> float | None:
         log=say,
     )
     probe = probes.build(**cfg.probe, model=model, batch=plan.batch)
-    shape = (plan.forward, source.channels, source.size, source.size)
+    shape = (plan.micro_batch, source.channels, source.size, source.size)
     models.dry_run(model, shape, source.num_classes, meta=plan.devices > 1)
-    graph.wanted(cfg, where)
+    graph.enabled(cfg, where)
     work = compile.multiply_adds(model, shape[1:])
 
     with Run(cfg, say, source.listing) as run:
@@ -78,23 +78,25 @@ def main(cfg: DictConfig) -> float | None:
             say(f"{run.folder}: {over['status']} already, skipped")
             return over["top1"]
         state = run.load()
-        threads = compile.threads(cfg.runtime.threads, work, plan.forward)
+        threads = compile.threads(cfg.runtime.threads, work, plan.micro_batch)
         device.prepare(where, cfg.runtime.threads, threads, state, say)
 
-        share = (distributed.rank(), distributed.size())
         loader = data.load(
-            source, cfg.data, cfg.recipe, plan.sgd_batch, cfg.seed, where, say, share, checking
+            *(source, cfg.data, cfg.recipe, plan.sgd_batch, cfg.seed, where, say),
+            rank=distributed.rank(),
+            world_size=distributed.world_size(),
+            debug=checking,
         )
         layout = device.memory_format(cfg.runtime.channels_last, scheme.channels_last)
         model.to(where).to(memory_format=layout)
         if scheme.initialize and state is None and not getattr(model, "complete", False):
             scheme.initialize(model, loader.sample(128))
-        distributed.equal(model)
+        distributed.broadcast_model(model)
 
         done = state["progress"]["update"] if state else 0
         say(f"{run.folder}" + (f": goes on after update {done}" if done else ""))
         updates = cfg.recipe.updates or cfg.recipe.epochs * len(loader)
-        expected = compile.seconds(work, updates, plan.share)
+        expected = compile.estimate_seconds(work, updates, plan.per_device_batch)
         before = state["compiled"] if state else None
         choice = compile.choose(cfg.runtime.compile, where.type, expected, before)
         if before and before != choice.mode:

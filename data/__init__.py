@@ -15,10 +15,10 @@ from data.splits import Files, Split, describe_skipped, stratified
 from data.stream import Stream
 from data.transforms import CROPS
 
-__all__ = ["Files", "Loader", "Mixed", "Source", "Split", "Stream", "find", "load", "read"]
+__all__ = ["Files", "Loader", "Mixed", "Source", "Split", "Stream", "load", "read", "resolve"]
 
 
-def find(config: Any, sgd_batch: int, recipe: Any) -> Source:
+def resolve(config: Any, sgd_batch: int, recipe: Any) -> Source:
     """The data set of a `data` config group, for a training by a `recipe`. Raises `ValueError` or
     `FileNotFoundError` if it is not there or does not fit; reads no images yet."""
     for key, low, high in (("train_fraction", 0.0, 1.0), ("holdout", -1e-9, 0.9)):
@@ -102,11 +102,12 @@ def load(
     seed: int,
     device: torch.device | str = "cpu",
     say: Callable[[str], None] = print,
-    share: tuple[int, int] = (0, 1),
+    rank: int = 0,
+    world_size: int = 1,
     debug: Any = None,
 ) -> Loader | Stream | Mixed:
     """The batches of a data set for one training: on the device where it fits, else from disk.
-    `share`: which part of them, of how many, another process having each of the others.
+    `rank` of `world_size`: the part of this process alone.
 
     `debug`, a `debug` config group: with `images`, so many training images, which are the test
     images too, and nothing is augmented; with `test_images`, the first test images.
@@ -128,7 +129,7 @@ def load(
         order = torch.from_numpy(np.random.default_rng(0).permutation(len(train)))
         train = test = train.take(order[:few])
         keys |= {"crop": 0, "flip": False, "lighting": 0.0}
-    own: dict[str, Any] = dict(device=device, share=share)
+    own: dict[str, Any] = dict(device=device, rank=rank, world_size=world_size)
     loader: Loader | Stream
     if isinstance(train, Split):
         for part, split in (("train", train), ("test", test)):
@@ -141,5 +142,5 @@ def load(
         loader = Stream(train, test, sgd_batch, seed, say=say, **own, **keys)
     mixup, cutmix = recipe.get("mixup", 0.0), recipe.get("cutmix", 0.0)
     if (mixup or cutmix) and not few:
-        return Mixed(loader, mixup, cutmix, source.num_classes, seed, share[0])
+        return Mixed(loader, mixup, cutmix, source.num_classes, seed, rank)
     return loader

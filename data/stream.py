@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from data.decoding import decode
-from data.loader import Share, check_size, portion
+from data.loader import check_size, shard
 from data.splits import Files, describe_skipped
 from data.transforms import COLOURS, CROPS, centre, cut, scale
 
@@ -151,10 +151,11 @@ class Stream:
         on_error: str = "raise",
         device: torch.device | str = "cpu",
         say: Callable[[str], None] = print,
-        share: Share = (0, 1),
+        rank: int = 0,
+        world_size: int = 1,
     ):
         check_size(sgd_batch, len(train))
-        self.share = share
+        self.rank, self.world_size = rank, world_size
         self.seed, self.sgd_batch, self.say = seed, sgd_batch, say
         self.updates_per_epoch, self.dropped = divmod(len(train), sgd_batch)
         self._unreadable: dict[str, set[str]] = {"train": set(), "test": set()}
@@ -204,13 +205,13 @@ class Stream:
         """The SGD batches of an epoch from number `start` on: (S, 3, H, W) float32, (S,)."""
         order = np.random.default_rng([self.seed, epoch]).permutation(len(self.labels))
         order = order[start * self.sgd_batch : len(self) * self.sgd_batch]
-        order = portion(order, self.sgd_batch, self.share)
-        return self.batches(self.read("train", epoch, order), self.sgd_batch // self.share[1])
+        order = shard(order, self.sgd_batch, self.rank, self.world_size)
+        return self.batches(self.read("train", epoch, order), self.sgd_batch // self.world_size)
 
     def test(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """All test images in order, at most `size` at a time."""
-        part, parts = self.share
-        order = np.array_split(np.arange(len(self.test_labels)), parts)[part]
+        images = np.arange(len(self.test_labels))
+        order = np.array_split(images, self.world_size)[self.rank]
         return self.batches(self.read("test", None, order), size)
 
     def sample(self, count: int) -> Tensor:

@@ -23,7 +23,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 from rich.progress import Progress, TaskID
 
-from training.cli import PATIENCE, WORKER, Report
+from training.cli import GRACE_SECONDS, WORKER, Report
 from training.config import search_path
 from training.files import read, write
 from training.progress import columns, console, say
@@ -99,9 +99,9 @@ class PoolLauncher(Launcher):
         if not todo:
             return [returns[index] for index in sorted(returns)]
         free = self.places()
-        self.share = self.threads or max(1, cores() // len(free))
+        self.threads_per_run = self.threads or max(1, cores() // len(free))
         say(
-            f"{len(todo)} runs, {len(free)} at a time, CPU threads of each: {self.share}"
+            f"{len(todo)} runs, {len(free)} at a time, CPU threads of each: {self.threads_per_run}"
             + (f"; GPUs {', '.join(dict.fromkeys(free))}" if free[0] else "")
         )
         working: list[Worker] = []
@@ -159,7 +159,7 @@ class PoolLauncher(Launcher):
         key = OmegaConf.to_yaml(cell.cfg.data, resolve=True) + str(cell.cfg.recipe.crop)
         try:
             if key not in self.listings:
-                self.listings[key] = data.find(cell.cfg.data, 1, cell.cfg.recipe).listing
+                self.listings[key] = data.resolve(cell.cfg.data, 1, cell.cfg.recipe).listing
             return bool(dataset.compare(cell.folder, cell.cfg, self.listings[key]))
         except (ValueError, OSError):
             return True
@@ -167,7 +167,7 @@ class PoolLauncher(Launcher):
     def start(self, cell: Cell, index: int, place: str) -> Worker:
         cell.folder.mkdir(parents=True, exist_ok=True)
         (cell.folder / "error.txt").unlink(missing_ok=True)  # of an earlier attempt
-        environment = os.environ | {WORKER: "pool", "OMP_NUM_THREADS": str(self.share)}
+        environment = os.environ | {WORKER: "pool", "OMP_NUM_THREADS": str(self.threads_per_run)}
         overrides = list(cell.overrides)
         if place:
             environment["CUDA_VISIBLE_DEVICES"] = place
@@ -211,11 +211,11 @@ class PoolLauncher(Launcher):
         return self.completed(cell)
 
     def stop(self, working: list[Worker]) -> None:
-        """End what still runs: with a checkpoint if that takes no longer than `PATIENCE`. A line of
-        each says what came of it."""
+        """End what still runs: with a checkpoint if that takes no longer than `GRACE_SECONDS`. A
+        line of each says what came of it."""
         for worker in working:
             worker.process.send_signal(signal.SIGTERM)
-        deadline = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + GRACE_SECONDS
         for worker in working:
             try:
                 worker.process.wait(max(0.0, deadline - time.monotonic()))

@@ -432,7 +432,7 @@ device, file, scheme = sys.argv[1:]
 alone = t.updates(t.make_step(scheme, "ghost", device), device)
 backend = {"cuda": "nccl", "cpu": "gloo"}[device]
 dist.init_process_group(backend, init_method=f"file://{file}", rank=0, world_size=1)
-distributed.size = lambda: 2  # so that everything is sent round, to itself
+distributed.world_size = lambda: 2  # so that everything is sent round, to itself
 step = t.make_step(scheme, "ghost", device)
 assert step.gradients
 together = t.updates(step, device)

@@ -38,7 +38,7 @@ COUNTS = {
     "devices": 1,
     "seed": 0,
     "protocol.sgd_batch": 1,
-    "protocol.forward": 1,
+    "protocol.micro_batch": 1,
     "data.size": 1,
     "data.resize": 1,
     "data.workers": 0,
@@ -119,11 +119,14 @@ def times(factor: Any, number: Any) -> Any:
 
 
 OmegaConf.register_new_resolver("times", times, replace=True)
-OmegaConf.register_new_resolver("processes", distributed.size, replace=True)
+OmegaConf.register_new_resolver("processes", distributed.world_size, replace=True)
 
 
 MOVED = "moved_to"  # in a folder without a run: the name of the run of this configuration
-RENAMED = {"data.complete": "data.verify_counts"}  # keys of stored runs that have another name now
+RENAMED = {  # keys of stored runs that have another name now
+    "data.complete": "data.verify_counts",
+    "protocol.forward": "protocol.micro_batch",
+}
 
 
 def read_config(file: Path, *keys: str) -> dict[str, Any]:
@@ -157,7 +160,7 @@ def identity(config: Any) -> dict[str, Any]:
     flat = LATER | flatten(config)
     keys = {k: v for k, v in flat.items() if k not in OUTSIDE and not k.startswith(OUTSIDE_GROUPS)}
     devices = keys.pop("devices", 1)
-    keys["devices"] = devices if isinstance(devices, int) else distributed.size()
+    keys["devices"] = devices if isinstance(devices, int) else distributed.world_size()
     if keys["devices"] == 1:  # as before there was such a key
         del keys["devices"]
         keys.pop("protocol.running_statistics", None)

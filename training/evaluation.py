@@ -57,7 +57,7 @@ class Images:
         elif cfg.data.name not in ("imagenet", "folder"):  # which have images of all sizes
             recipe = OmegaConf.merge(recipe, {"crop": 0, "pixels": "standardized"})
         self.cfg, self.recipe = cfg, recipe
-        self.source = data.find(cfg.data, 1, recipe)
+        self.source = data.resolve(cfg.data, 1, recipe)
 
     def load(self, where: torch.device, debug: Any = None) -> Any:
         keys = dict(say=say, debug=debug)
@@ -80,7 +80,7 @@ def measure(run: Path, overrides: list[str], folded: bool, averaged: bool) -> di
     composing raises."""
     own = configuration(run)
     cfg = configured(own, overrides)
-    where = devices.find(cfg.device)
+    where = devices.resolve(cfg.device)
     result = outcome(run) if (run / "result.json").exists() else None
     images = home = Images(cfg)
     same = cfg.data == OmegaConf.merge(cfg.data, own.data)

@@ -6,7 +6,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 
-from training.distributed import on_first, rank
+from training.distributed import rank, rank_zero_only
 
 # Names of studies and files are shown as they are, be there [brackets] or :colons: in them.
 console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
@@ -18,14 +18,14 @@ def columns(*formats: str) -> list[ProgressColumn]:
     return [texts[0], BarColumn(), *texts[1:], TimeRemainingColumn()]
 
 
-@on_first
+@rank_zero_only
 def say(text: str) -> None:
     """One line, above the bar if there is one."""
     console.print(text)
     sys.stdout.flush()
 
 
-class Board:
+class ProgressBar:
     """Shows updates as they go by and one line for each epoch. `style`: auto, bar, lines, none."""
 
     def __init__(self, style: str, updates: int, done: int):
@@ -42,7 +42,7 @@ class Board:
         )
         self.task = self.bar.add_task("starting", total=updates, completed=done, text="")
 
-    def __enter__(self) -> "Board":
+    def __enter__(self) -> "ProgressBar":
         self.bar.start()
         return self
 

@@ -82,15 +82,15 @@ class Run:
 
         Raises `BusyError` if another process trains it, `RefusedError` if it holds another
         configuration or other data, and `OSError` if it cannot be written."""
-        self.folder = distributed.shared(dataset.locate)(folder(cfg), cfg, listing)
+        self.folder = distributed.broadcast_result(dataset.locate)(folder(cfg), cfg, listing)
         self.say = say
         self.overwrite = cfg.overwrite
         self.saved: int | None = None
         """The update of the last checkpoint."""
-        self._told = 0.0
+        self._progress_written = 0.0
         self.open(cfg, listing)
 
-    @distributed.shared
+    @distributed.broadcast_result
     def open(self, cfg: DictConfig, listing: Any) -> None:
         """Lock the folder and see that it is ours."""
         try:
@@ -115,7 +115,7 @@ class Run:
     def __enter__(self) -> "Run":
         return self
 
-    @distributed.on_first
+    @distributed.rank_zero_only
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self._lock.close()
         if isinstance(error, KeyboardInterrupt):
@@ -175,27 +175,27 @@ class Run:
             )
         dataset.keep(self.folder, cfg, listing)
 
-    @distributed.shared
+    @distributed.broadcast_result
     def result(self) -> dict[str, Any] | None:
         file = self.folder / "result.json"
         return read_result(self.folder) if file.exists() else None
 
-    @distributed.on_first
+    @distributed.rank_zero_only
     def finish(self, result: dict[str, Any]) -> None:
         write(self.folder / "result.json", json.dumps(plain(result), indent=2) + "\n")
         (self.folder / "progress.json").unlink(missing_ok=True)
 
-    @distributed.on_first
-    def tell(self, update: int, updates: int, seconds: float) -> None:
+    @distributed.rank_zero_only
+    def write_progress(self, update: int, updates: int, seconds: float) -> None:
         """How far the run is, for whoever watches: once a second at most, not waiting for the disk,
         and not worth a run if that is full."""
-        if time.monotonic() - self._told > 1:
-            self._told = time.monotonic()
+        if time.monotonic() - self._progress_written > 1:
+            self._progress_written = time.monotonic()
             told = {"update": update, "updates": updates, "seconds": seconds, "pid": os.getpid()}
             with suppress(OSError):
                 write(self.folder / "progress.json", json.dumps(told), durable=False)
 
-    @distributed.on_first
+    @distributed.rank_zero_only
     def write_metrics(self, rows: list[dict[str, Any]]) -> None:
         """All rows since the first epoch, so that a resumed run has neither gaps nor doubles."""
         text = io.StringIO()
@@ -205,7 +205,7 @@ class Run:
         writer.writerows(rows)
         write(self.folder / "metrics.csv", text.getvalue())
 
-    @distributed.on_first
+    @distributed.rank_zero_only
     def save(self, state: dict[str, Any]) -> None:
         """Make `state` the last checkpoint and keep the one before."""
         buffer = io.BytesIO()
@@ -216,7 +216,7 @@ class Run:
         write(last, buffer.getvalue())
         self.saved = state["progress"]["update"]
 
-    @distributed.shared
+    @distributed.broadcast_result
     def load(self) -> dict[str, Any] | None:
         """The newest checkpoint that can be read; says so where that is not the last one."""
         files = [self.folder / name for name in ("last.pt", "previous.pt")]

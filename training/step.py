@@ -10,14 +10,14 @@ from torch import Tensor, nn
 
 from training import distributed, optimizer
 from training.compile import EAGER, Choice, compiled, first_line
-from training.graph import Recorded
+from training.graph import CUDAGraphStep
 from training.protocol import Plan
 from training.run import Say
 
 
 class Step:
     """`step(images, labels, lr)`: forward and backward over this process's part of the SGD batch,
-    `plan.forward` images at a time, and one update of the weights.
+    `plan.micro_batch` images at a time, and one update of the weights.
 
     `labels`: (S,) classes, or (S, classes) shares of mixed images, whose right answer is the class
     with the largest. Returns the mean loss of that part and how many answers are right, both still
@@ -51,10 +51,10 @@ class Step:
             from timm.utils import ModelEmaV3  # two seconds
 
             self.average = ModelEmaV3(model, recipe.ema)
-        self.recorded = Recorded(self.compute, self.device, say) if graph else None
+        self.graph_step = CUDAGraphStep(self.compute, self.device, say) if graph else None
 
     @property
-    def evaluated(self) -> nn.Module:
+    def eval_model(self) -> nn.Module:
         """The network whose accuracy counts."""
         return self.average.module if self.average else self.model
 
@@ -64,7 +64,7 @@ class Step:
             self.lr.fill_(lr)
         for group in self.optimizer.param_groups:
             group["lr"] = lr if self.lr is None else self.lr
-        return (self.recorded or self.compute)(images, labels)
+        return (self.graph_step or self.compute)(images, labels)
 
     def try_compiler(self, images: Tensor, labels: Tensor) -> None:
         """At the first call, one pass that leaves no trace, for what may be missing; where it
@@ -73,7 +73,7 @@ class Step:
             return
         self.tried, start = True, time.perf_counter()
         state = {name: value.clone() for name, value in self.model.state_dict().items()}
-        x, y = images[: self.plan.forward], labels[: self.plan.forward]
+        x, y = images[: self.plan.micro_batch], labels[: self.plan.micro_batch]
         try:
             with torch.random.fork_rng(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # the compiler's, about itself
@@ -95,7 +95,9 @@ class Step:
         """All of it on the device, waiting for nothing."""
         self.optimizer.zero_grad(set_to_none=not self.gradients)
         loss, correct = torch.zeros(2, device=self.device).unbind()
-        passes = zip(images.split(self.plan.forward), labels.split(self.plan.forward), strict=True)
+        passes = zip(
+            images.split(self.plan.micro_batch), labels.split(self.plan.micro_batch), strict=True
+        )
         for x, y in passes:
             with self.autocast:
                 logits = self.network(x)
@@ -106,7 +108,7 @@ class Step:
             loss += part.detach()
             correct += (logits.argmax(1) == (y if y.ndim == 1 else y.argmax(1))).sum()
         for gradients in self.gradients:
-            distributed.total(gradients).div_(self.plan.devices)
+            distributed.all_reduce(gradients).div_(self.plan.devices)
         if self.recipe.clip:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip)
@@ -120,14 +122,14 @@ class Step:
         """Its part of a checkpoint; of the other processes, what is their own."""
         own = {"buffers": dict(self.model.named_buffers()), **self.rng()}
         if self.average:
-            own["ema"] = dict(self.evaluated.named_buffers())
+            own["ema"] = dict(self.eval_model.named_buffers())
         _, *others = distributed.gather(own) or [0]
         return {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             **self.rng(),
-            **({"ema": self.evaluated.state_dict()} if self.average else {}),
+            **({"ema": self.eval_model.state_dict()} if self.average else {}),
             **({"others": others} if others else {}),
         }
 
@@ -155,12 +157,12 @@ class Step:
                 if isinstance(value, Tensor) and value.shape == parameter.shape:
                     values[key] = torch.empty_like(parameter).copy_(value)
         if self.average:
-            self.evaluated.load_state_dict(state["ema"])
+            self.eval_model.load_state_dict(state["ema"])
         if state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
         own = others[distributed.rank() - 1] if distributed.rank() else state
         self.model.load_state_dict(own.get("buffers", {}), strict=False)
-        self.evaluated.load_state_dict(own.get("ema", {}), strict=False)
+        self.eval_model.load_state_dict(own.get("ema", {}), strict=False)
         torch.set_rng_state(own["rng"][0])
         if self.device.type == "cuda" and len(own["rng"]) > 1:
             torch.cuda.set_rng_state(own["rng"][1], self.device)

@@ -108,7 +108,7 @@ def record(overrides: list[str]) -> list[Path]:
     return folders
 
 
-def asked(study: Path) -> tuple[list[Cell], list[str]]:
+def requested(study: Path) -> tuple[list[Cell], list[str]]:
     """The runs that a study's commands ask for, and a line for each command that can no longer be
     composed. A folder that none of a command's runs are in was renamed or copied since."""
     found: dict[str, Cell] = {}

@@ -20,7 +20,7 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from tensorboard.plugins.text import metadata as text
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
-from training.distributed import on_first
+from training.distributed import rank_zero_only
 
 SCALARS = {  # column of metrics.csv: tag
     "train_loss": "loss/train",
@@ -101,7 +101,7 @@ class TensorBoard:
     """Writes against the number of updates, from `start` on; what an interrupted attempt wrote
     behind that point is hidden."""
 
-    @on_first
+    @rank_zero_only
     def __init__(self, folder: Path, start: int, hyperparameters: dict[str, Any]):
         self.events = Events(folder, start + 1)
         texts = {k for k, value in hyperparameters.items() if isinstance(value, str)}
@@ -133,11 +133,11 @@ class TensorBoard:
         }
         self.events.charts(overlays)
 
-    @on_first
+    @rank_zero_only
     def loss(self, update: int, value: float) -> None:
         self.events.scalar(update, "loss/update", value)
 
-    @on_first
+    @rank_zero_only
     def epoch(self, row: dict[str, Any]) -> None:
         probed = {column: column for column in row if column.startswith("probe/")}
         for column, tag in (SCALARS | probed).items():
@@ -145,7 +145,7 @@ class TensorBoard:
                 self.events.scalar(row["update"], tag, row[column])
         self.events.file.flush()
 
-    @on_first
+    @rank_zero_only
     def finish(self, result: dict[str, Any]) -> None:
         """The figures that `result.json` is about to hold, and how the run ended.
 
@@ -158,7 +158,7 @@ class TensorBoard:
         status = "STATUS_FAILURE" if result["status"] == "diverged" else "STATUS_SUCCESS"
         self.events.hparams("session_end_info", {"status": status})
 
-    @on_first
+    @rank_zero_only
     def close(self) -> None:
         self.events.file.close()
 

@@ -152,7 +152,7 @@ def test_order_and_augmentation_depend_on_seed_epoch_and_index_alone(tree, crop)
 
 def test_processes_share_batches_and_test_images(tree):
     whole = opened(tree, sgd_batch=4)
-    shares = [opened(tree, sgd_batch=4, share=(part, 2)) for part in (0, 1)]
+    shares = [opened(tree, sgd_batch=4, rank=part, world_size=2) for part in (0, 1)]
     pieces = zip(*(share.train(1, 1) for share in shares), strict=True)
     for (images, labels), ours in zip(whole.train(1, 1), pieces, strict=True):
         assert torch.equal(images, torch.cat([x for x, _ in ours]))
@@ -461,7 +461,7 @@ RECIPE = OmegaConf.create(dict(crop="random_resized", flip=True, lighting=0.0))
 
 def test_fraction_and_holdout_are_stratified_and_disjoint(tree):
     cfg = config(tree, train_fraction=0.5, holdout=0.2)
-    source = data.find(cfg, 4, RECIPE)
+    source = data.resolve(cfg, 4, RECIPE)
     part, held = data.read(source, cfg)
     assert isinstance(part, Files)
     assert torch.bincount(held.labels).tolist() == [3, 3, 3]
@@ -486,7 +486,7 @@ def test_a_folder_of_photographs_stays_on_disk(tree):
     own = dict(name="folder", root=str(tree), cache=str(tree / "cache"), size=32, resize=None)
     own |= dict(workers=0, on_error="raise", train_fraction=1.0, holdout=0.0)
     cfg = OmegaConf.create(own)
-    source = data.find(cfg, 4, RECIPE)
+    source = data.resolve(cfg, 4, RECIPE)
     assert (source.train_images, source.num_classes, source.size) == (46, 3, 32)
     one = data.load(source, cfg, RECIPE, 4, 0)
     assert isinstance(one, Stream)
@@ -500,17 +500,19 @@ def test_a_folder_of_photographs_stays_on_disk(tree):
     assert decode(taken.path(0), taken.apply_exif).shape == (3, 80, 40)
     assert not (tree / "cache").exists()
     with pytest.raises(ValueError, match=r"data.resize=30: expected at least data.size=32"):
-        data.find(OmegaConf.create(own | {"resize": 30}), 4, RECIPE)
+        data.resolve(OmegaConf.create(own | {"resize": 30}), 4, RECIPE)
     small = OmegaConf.create(dict(crop=4, flip=True, lighting=0.1))
     with pytest.raises(ValueError, match=r"recipe.lighting=0.1: is for photographs .*data=folder"):
-        data.find(cfg, 4, small)
-    held = data.load(data.find(cfg, 4, OmegaConf.create(dict(crop=4, flip=True))), cfg, small, 4, 0)
+        data.resolve(cfg, 4, small)
+    held = data.load(
+        data.resolve(cfg, 4, OmegaConf.create(dict(crop=4, flip=True))), cfg, small, 4, 0
+    )
     assert isinstance(held, data.Loader)
 
 
 def test_more_images_in_a_batch_than_there_are(tree):
     with pytest.raises(ValueError, match=r"sgd_batch=99 .* larger than the data set"):
-        data.find(config(tree), 99, RECIPE)
+        data.resolve(config(tree), 99, RECIPE)
 
 
 # --- the whole program

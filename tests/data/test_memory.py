@@ -126,7 +126,7 @@ def test_skipped_images_are_replaced_in_training_and_left_out_of_the_test(root, 
     recipe = OmegaConf.create(dict(crop=0, flip=False))
     cfg = OmegaConf.create(own)
     for _ in range(2):  # said again the next time
-        loader = data.load(data.find(cfg, 4, recipe), cfg, recipe, 4, 0, say=said.append)
+        loader = data.load(data.resolve(cfg, 4, recipe), cfg, recipe, 4, 0, say=said.append)
     index = [0, 3, 3, 3, 4, 5, 6, 7, 8, 9, 10, 0]
     assert torch.equal(loader.images, whole.images[index])
     assert torch.equal(loader.labels, whole.labels[index])
@@ -136,7 +136,7 @@ def test_skipped_images_are_replaced_in_training_and_left_out_of_the_test(root, 
     assert said[0].startswith("  data.on_error=skip: 3 unreadable train images replaced by the")
     assert said[1].startswith("  data.on_error=skip: 1 unreadable test images left out: ")
     recipe.crop, said[:] = "random_resized", []
-    there = data.load(data.find(cfg, 4, recipe), cfg, recipe, 4, 0, say=said.append)
+    there = data.load(data.resolve(cfg, 4, recipe), cfg, recipe, 4, 0, say=said.append)
     list(there.train(0))
     list(there.test(3))
     assert there.unreadable == loader.unreadable

@@ -12,8 +12,7 @@ import pytest
 from rich.console import Console
 
 from scripts.study import asked, board, duration, summary
-from training.study import COMMANDS, State, cells, jobs, state
-from training.study import asked as asked_for
+from training.study import COMMANDS, State, cells, jobs, requested, state
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -145,7 +144,7 @@ def test_a_renamed_study_and_a_command_of_the_past(train):
     study = (done.runs / "before").rename(done.runs / "after")
     with open(study / COMMANDS, "a") as file:
         file.write("norm=gone seed=0\nnorm='\n")
-    runs, problems = asked_for(study)
+    runs, problems = requested(study)
     assert sorted(run.folder for run in runs) == sorted(study.glob("gn-*"))
     assert [problem.split(": ")[1:3] for problem in problems] == [
         ["norm=gone seed=0", "norm=gone"],

@@ -207,7 +207,7 @@ def test_an_empty_variable_is_none(monkeypatch):
     for name in PARTNERS:
         monkeypatch.setenv(name, "")
     distributed.check_environment()
-    assert (distributed.size(), distributed.rank(), distributed.local_rank()) == (1, 0, 0)
+    assert (distributed.world_size(), distributed.rank(), distributed.local_rank()) == (1, 0, 0)
 
 
 def test_a_process_says_for_whom_it_waits(tmp_path):
@@ -250,7 +250,7 @@ def test_a_checkpoint_of_another_number_of_processes_is_refused():
     model = torch.nn.Linear(2, 2)
     with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
         recipe = compose("config").recipe
-    step = Step(model, Plan(batch=2, sgd_batch=4, devices=2, forward=2, lr=0.1), recipe)
+    step = Step(model, Plan(batch=2, sgd_batch=4, devices=2, micro_batch=2, lr=0.1), recipe)
     with pytest.raises(ValueError, match="devices=2: the checkpoint is of 1 processes"):
         step.load_state_dict({})
 
@@ -266,12 +266,12 @@ def test_each_process_gets_its_own_buffers_back(monkeypatch):
         values |= {k: v + 1 for k, v in first[part].items() if "running_" in k}
     assert own["ema"]
     state = first | {"others": [own]}
-    plan = Plan(batch=4, sgd_batch=16, devices=2, forward=4, lr=0.1)
+    plan = Plan(batch=4, sgd_batch=16, devices=2, micro_batch=4, lr=0.1)
     for rank in (0, 1):
         monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
         again = Step(network("bn"), plan, recipe(ema=0.5))
         again.load_state_dict(state)
-        for part, model in (("model", again.model), ("ema", again.evaluated)):
+        for part, model in (("model", again.model), ("ema", again.eval_model)):
             for key, value in model.state_dict().items():
                 there = first[part][key] + (rank if "running_" in key else 0)
                 assert torch.equal(value, there), (rank, part, key)

@@ -35,7 +35,7 @@ def played(monkeypatch):
         recordings.append(compute)
         return replay, results
 
-    monkeypatch.setattr(graph, "record", record)
+    monkeypatch.setattr(graph, "capture", record)
     monkeypatch.setattr(torch.cuda, "Stream", Stream)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
     monkeypatch.setattr(torch.cuda, "current_stream", Stream)
@@ -58,8 +58,8 @@ def same(recorded, plain, updates=7):
         for ours, theirs in results:
             torch.testing.assert_close(ours, theirs)
     for ours, theirs in zip(
-        recorded.evaluated.state_dict().values(),
-        plain.evaluated.state_dict().values(),
+        recorded.eval_model.state_dict().values(),
+        plain.eval_model.state_dict().values(),
         strict=True,
     ):
         torch.testing.assert_close(ours, theirs)
@@ -85,7 +85,7 @@ def test_what_cannot_be_recorded_goes_on_without(played, monkeypatch):
         raise RuntimeError("operation not permitted\nwhen stream is capturing")
 
     said = []
-    monkeypatch.setattr(graph, "record", record)
+    monkeypatch.setattr(graph, "capture", record)
     same(*pair("bn", {}, said.append))
     assert len(played) == 1
     assert said == [
@@ -103,21 +103,21 @@ def test_why_not(monkeypatch):
         return cfg
 
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
-    assert graph.wanted(config(), gpu)
-    assert graph.wanted(config(graph=True), gpu)
-    assert not graph.wanted(config(graph=False), gpu)
-    assert not graph.wanted(config(), cpu)
+    assert graph.enabled(config(), gpu)
+    assert graph.enabled(config(graph=True), gpu)
+    assert not graph.enabled(config(graph=False), gpu)
+    assert not graph.enabled(config(), cpu)
     for key, value, reason in (
         ("recipe.precision", "float16", "precision=float16 asks"),
         ("probe.name", "batch_statistics", "probe=batch_statistics looks into every step"),
         ("debug", {"name": "profile"}, "debug=profile shows"),
     ):
-        assert graph.obstacle(config(**{key: value}), gpu).startswith(reason)
-        assert not graph.wanted(config(**{key: value}), gpu)
+        assert graph.unsupported_reason(config(**{key: value}), gpu).startswith(reason)
+        assert not graph.enabled(config(**{key: value}), gpu)
         with pytest.raises(ValueError, match=r"^runtime.graph=true: no CUDA graph, "):
-            graph.wanted(config(graph=True, **{key: value}), gpu)
-    monkeypatch.setattr(distributed, "size", lambda: 2)
-    assert graph.obstacle(config(), gpu) == "devices=2 share a step"
+            graph.enabled(config(graph=True, **{key: value}), gpu)
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    assert graph.unsupported_reason(config(), gpu) == "devices=2 share a step"
 
 
 def test_asked_for_without_a_gpu(train):
