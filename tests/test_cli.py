@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from PIL import Image
 
 import data
@@ -104,11 +105,8 @@ def test_another_configuration_is_refused_and_overwritten_on_request(train):
 
 
 def test_a_locked_folder_is_refused(train):
-    import fcntl
-
     folder = train().run()
-    with open(folder / ".lock") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with FileLock(folder / ".lock"):
         refused = train("overwrite=true")
     assert one_line(refused.err, "another process is training this run")
     assert (folder / "result.json").exists()

@@ -22,16 +22,6 @@ OUTSIDE = (
 )
 OUTSIDE_GROUPS = ("runtime.", "checkpoint.", "probe.")
 
-# Keys that came later, and what happened before them: a run without them is a run with these.
-LATER: dict[str, Any] = {
-    "recipe.optimizer": "sgd",
-    "recipe.betas": [0.9, 0.999],
-    "recipe.clip": 0.0,
-    "recipe.ema": 0.0,
-    "recipe.mixup": 0.0,
-    "recipe.cutmix": 0.0,
-}
-
 # Whole numbers, and the least that is allowed. The most is LARGEST, or stands in MOST.
 COUNTS = {
     "batch": 1,
@@ -157,7 +147,7 @@ def flatten(config: Any, resolve: bool = False) -> dict[str, Any]:
 def identity(config: Any) -> dict[str, Any]:
     """The keys that can change a result. Paths do not, but the name of a folder of images stands
     for the data set, whose files `training/dataset.py` compares."""
-    flat = LATER | flatten(config)
+    flat = flatten(config)
     keys = {k: v for k, v in flat.items() if k not in OUTSIDE and not k.startswith(OUTSIDE_GROUPS)}
     devices = keys.pop("devices", 1)
     keys["devices"] = devices if isinstance(devices, int) else distributed.world_size()

@@ -1,8 +1,9 @@
 """Several processes that share an SGD batch: one for each GPU, started by torchrun or submitit.
 
 Every process composes the same configuration and takes its part of each SGD batch and of the test
-images; gradients are averaged, so weights stay equal. Buffers, such as running statistics, are each
-process's own. Only the first writes files and speaks. With one process nothing here does anything.
+images; gradients are averaged by DistributedDataParallel, so weights stay equal. Buffers, such as
+running statistics, are each process's own. Only the first writes files and speaks. With one process
+nothing here does anything.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import os
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -184,18 +186,20 @@ def broadcast_model(model: nn.Module) -> None:
             dist.broadcast(value, 0)
 
 
-def flat_gradients(model: nn.Module) -> list[Tensor]:
-    """One tensor for each type of parameter, of which their gradients are views from now on, so
-    that a single call averages them. Empty with one process."""
-    flat: list[Tensor] = []
-    parameters = [p for p in model.parameters() if p.requires_grad] if world_size() > 1 else []
-    for dtype in dict.fromkeys(p.dtype for p in parameters):
-        own = [p for p in parameters if p.dtype == dtype]
-        gradients = own[0].new_zeros(sum(p.numel() for p in own))
-        for p, view in zip(own, gradients.split([p.numel() for p in own]), strict=True):
-            p.grad = view.as_strided(p.size(), p.stride(), view.storage_offset())
-        flat.append(gradients)
-    return flat
+def data_parallel(network: Any, has_unused: bool) -> Any:
+    """The network with gradients that are averaged over all processes, None for a parameter that
+    none of them used; `has_unused`: whether there are such. Buffers stay each process's own."""
+    from torch.nn.parallel import DistributedDataParallel
+
+    with warnings.catch_warnings():  # of a key that torch 2.11 does not have yet
+        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+        return DistributedDataParallel(
+            network,
+            broadcast_buffers=False,
+            init_sync=False,
+            find_unused_parameters=has_unused,
+            gradient_as_bucket_view=True,
+        )
 
 
 @contextmanager

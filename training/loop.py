@@ -136,7 +136,7 @@ def train(
             batches = checkpoints.interruptible(loader.train(epoch, first) if first < last else ())
             for seen, (images, labels) in enumerate(batches, first + 1):
                 lr = learning_rate(now.update, updates, plan.lr, recipe)
-                step.try_compiler(images, labels)  # ahead of a probe, which is not to see it
+                step.warm_up(images, labels)  # ahead of a probe, which is not to see it
                 with probe.watch(now.update) if probe else nullcontext():
                     done = step(images, labels, lr)
                 meter.add(*done)

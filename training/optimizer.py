@@ -1,6 +1,5 @@
 """The optimizer's parameter groups and its learning rate."""
 
-import inspect
 import math
 from collections.abc import Callable
 from typing import Any
@@ -32,26 +31,8 @@ def parameter_groups(model: nn.Module, recipe: Any) -> list[dict[str, Any]]:
     return [g for g in groups if g["params"]]
 
 
-class Light:
-    """An optimizer that leaves PyTorch's compiler alone, which others load in order to tell it that
-    it need not look at them: two of the seven seconds in which a run would start."""
-
-    add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
-    zero_grad = inspect.unwrap(torch.optim.Optimizer.zero_grad)
-    state_dict = inspect.unwrap(torch.optim.Optimizer.state_dict)
-    load_state_dict = inspect.unwrap(torch.optim.Optimizer.load_state_dict)
-
-
-class SGD(Light, torch.optim.SGD):
-    step = torch.no_grad()(inspect.unwrap(torch.optim.SGD.step))
-
-
-class AdamW(Light, torch.optim.AdamW):
-    step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
-
-
-def sgd(model: nn.Module, recipe: Any, lr: float) -> SGD:
-    return SGD(
+def sgd(model: nn.Module, recipe: Any, lr: float) -> torch.optim.SGD:
+    return torch.optim.SGD(
         parameter_groups(model, recipe),
         lr=lr,
         momentum=recipe.momentum,
@@ -60,12 +41,14 @@ def sgd(model: nn.Module, recipe: Any, lr: float) -> SGD:
     )
 
 
-def adamw(model: nn.Module, recipe: Any, lr: float) -> AdamW:
+def adamw(model: nn.Module, recipe: Any, lr: float) -> torch.optim.AdamW:
     """Adam with decoupled weight decay (arXiv 1711.05101): each step takes lr * weight_decay *
     weight from a weight."""
     groups = parameter_groups(model, recipe)
     on_gpu = groups[0]["params"][0].is_cuda  # where a step may be recorded
-    return AdamW(groups, lr=lr, betas=tuple(recipe.betas), fused=True, capturable=on_gpu)
+    return torch.optim.AdamW(
+        groups, lr=lr, betas=tuple(recipe.betas), fused=True, capturable=on_gpu
+    )
 
 
 def build(model: nn.Module, recipe: Any, lr: float) -> torch.optim.Optimizer:

@@ -12,7 +12,6 @@ log.txt                  what it said, where a launcher gave it a process of its
 """
 
 import csv
-import fcntl
 import io
 import json
 import math
@@ -27,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
@@ -93,13 +93,17 @@ class Run:
     @distributed.broadcast_result
     def open(self, cfg: DictConfig, listing: Any) -> None:
         """Lock the folder and see that it is ours."""
+        self._lock = FileLock(self.folder / ".lock")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock = open(self.folder / ".lock", "a+")  # noqa: SIM115
+            # A process that was just killed may be about to let go, and whoever looks whether a
+            # run is being trained holds its lock for a moment.
+            self._lock.acquire(timeout=2, poll_interval=0.1)
+        except Timeout as error:
+            raise BusyError(f"{self.folder}: another process is training this run") from error
         except OSError as error:
             raise cannot_write(cfg, error) from error
         try:
-            self.lock()
             if cfg.overwrite:
                 self.clear()
             self.check_config(cfg)
@@ -109,7 +113,7 @@ class Run:
                 for file in self.folder.glob(pattern):
                     file.unlink(missing_ok=True)
         except BaseException:
-            self._lock.close()
+            self._lock.release()
             raise
 
     def __enter__(self) -> "Run":
@@ -117,7 +121,7 @@ class Run:
 
     @distributed.rank_zero_only
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        self._lock.close()
+        self._lock.release()
         if isinstance(error, KeyboardInterrupt):
             error.add_note(
                 "nothing is trained yet; the same command starts again"
@@ -127,16 +131,6 @@ class Run:
                 else f"the same command starts again, without overwrite=true after {self.saved} "
                 "updates"
             )
-
-    def lock(self) -> None:
-        """Tries for two seconds: a process that was just killed may be about to let go, and one
-        that looks at the lock holds it for a moment."""
-        for attempt in range(20):
-            try:
-                return fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                time.sleep(0.1 if attempt < 19 else 0)
-        raise BusyError(f"{self.folder}: another process is training this run")
 
     def clear(self) -> None:
         """Delete what a run writes, and nothing else."""

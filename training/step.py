@@ -2,6 +2,7 @@
 
 import time
 import warnings
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -35,7 +36,8 @@ class Step:
     ):
         self.model, self.plan, self.recipe = model, plan, recipe
         self.network = compiled(model, choice.mode)
-        self.choice, self.tried, self.say = choice, choice.mode == "false", say
+        self.parallel: Any = None
+        self.choice, self.say = choice, say
         self.device = next(model.parameters()).device
         half = torch.float16 if recipe.precision == "float16" else torch.bfloat16
         self.autocast = torch.autocast(
@@ -45,9 +47,10 @@ class Step:
         # On a GPU the learning rate lies there, where a recorded step finds it.
         self.lr = torch.tensor(plan.lr, device=self.device) if self.device.type == "cuda" else None
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=recipe.precision == "float16")
-        self.gradients = distributed.flat_gradients(model)
         self.average: Any = None
         if recipe.ema:
+            # PyTorch's AveragedModel averages counters as well, begins with the first update's
+            # weights and asks for its counter at each update, which no CUDA graph can record.
             from timm.utils import ModelEmaV3  # two seconds
 
             self.average = ModelEmaV3(model, recipe.ema)
@@ -59,27 +62,40 @@ class Step:
         return self.average.module if self.average else self.model
 
     def __call__(self, images: Tensor, labels: Tensor, lr: float) -> tuple[Tensor, Tensor]:
-        self.try_compiler(images, labels)
+        self.warm_up(images, labels)
         if self.lr is not None:
             self.lr.fill_(lr)
         for group in self.optimizer.param_groups:
             group["lr"] = lr if self.lr is None else self.lr
         return (self.graph_step or self.compute)(images, labels)
 
-    def try_compiler(self, images: Tensor, labels: Tensor) -> None:
-        """At the first call, one pass that leaves no trace, for what may be missing; where it
-        fails, says so and goes on without."""
-        if self.tried:
+    def warm_up(self, images: Tensor, labels: Tensor) -> None:
+        """At the first call, passes that leave no trace. One compiles; where that fails, it is said
+        and the network goes on as it is. With several processes another is DDP's first, after which
+        it rearranges its buckets: a run that goes on adds up gradients in the same order."""
+        if self.parallel:
             return
-        self.tried, start = True, time.perf_counter()
         state = {name: value.clone() for name, value in self.model.state_dict().items()}
+        several = distributed.world_size() > 1
         x, y = images[: self.plan.micro_batch], labels[: self.plan.micro_batch]
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            if self.choice.mode != "false":
+                self.compile(x, y)
+            elif several:
+                self.backward(self.network, x, y)
+            self.parallel = self.network
+            if several:
+                has_unused = any(p.grad is None for p in self.model.parameters() if p.requires_grad)
+                self.parallel = distributed.data_parallel(self.network, has_unused)
+                self.backward(self.parallel, x, y)
+        self.model.load_state_dict(state)
+
+    def compile(self, images: Tensor, labels: Tensor) -> None:
+        start = time.perf_counter()
         try:
-            with torch.random.fork_rng(), warnings.catch_warnings():
+            with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # the compiler's, about itself
-                with self.autocast:
-                    logits = self.network(x)
-                F.cross_entropy(logits.float(), y).backward()
+                self.backward(self.network, images, labels)
             self.say(f"  compiled in {time.perf_counter() - start:.0f} s")
         except Exception as error:  # of four libraries
             self.say(
@@ -89,26 +105,28 @@ class Step:
             for layer in self.model.modules():
                 layer._compiled_call_impl = None
             self.network, self.choice = self.model, Choice("false", "compiling failed")
-        self.model.load_state_dict(state)
+
+    def backward(self, network: Any, images: Tensor, labels: Tensor) -> None:
+        with self.autocast:
+            logits = network(images)
+        F.cross_entropy(logits.float(), labels).backward()
 
     def compute(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """All of it on the device, waiting for nothing."""
-        self.optimizer.zero_grad(set_to_none=not self.gradients)
+        self.optimizer.zero_grad()
         loss, correct = torch.zeros(2, device=self.device).unbind()
-        passes = zip(
-            images.split(self.plan.micro_batch), labels.split(self.plan.micro_batch), strict=True
-        )
-        for x, y in passes:
-            with self.autocast:
-                logits = self.network(x)
-            part = F.cross_entropy(
-                logits.float(), y, label_smoothing=self.recipe.label_smoothing
-            ) * (len(y) / len(labels))
-            self.scaler.scale(part).backward()
+        passes = [*zip(*(t.split(self.plan.micro_batch) for t in (images, labels)), strict=True)]
+        for left, (x, y) in zip(reversed(range(len(passes))), passes, strict=True):
+            # Only the last pass averages over processes, what all of them have added up.
+            with self.parallel.no_sync() if left and self.plan.devices > 1 else nullcontext():
+                with self.autocast:
+                    logits = self.parallel(x)
+                part = F.cross_entropy(
+                    logits.float(), y, label_smoothing=self.recipe.label_smoothing
+                ) * (len(y) / len(labels))
+                self.scaler.scale(part).backward()
             loss += part.detach()
             correct += (logits.argmax(1) == (y if y.ndim == 1 else y.argmax(1))).sum()
-        for gradients in self.gradients:
-            distributed.all_reduce(gradients).div_(self.plan.devices)
         if self.recipe.clip:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip)

@@ -1,6 +1,5 @@
 """scripts/study.py, and what it knows: the runs that commands ask for, and their states."""
 
-import fcntl
 import json
 import os
 import shutil
@@ -9,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 from rich.console import Console
 
 from scripts.study import asked, board, duration, summary
@@ -64,8 +64,7 @@ def test_every_state(train):
     for file in sorted(runs["frn"].rglob("*"), reverse=True):
         file.rmdir() if file.is_dir() else file.unlink()
     runs["frn"].rmdir()
-    with open(runs["gn"] / ".lock") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with FileLock(runs["gn"] / ".lock"):
         lines = screen(study)
         assert state(runs["gn"]) == State("running", 30, 90, 10.0)
         assert "4 lines left out" in screen(study, height=2)
@@ -115,8 +114,7 @@ def test_a_run_that_another_process_trains_is_not_a_failure_of_a_sweep(train):
     done = train("-m", "batch=4,8")
     (folder,) = done.runs.glob("*/bn-b4-*")
     (folder / "result.json").unlink()
-    with open(folder / ".lock") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with FileLock(folder / ".lock"):
         swept = train("-m", "batch=4,8")
     assert swept.status == 0, swept.err
     assert "another process is training this run, skipped" in swept.out

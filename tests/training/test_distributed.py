@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from hydra import compose, initialize_config_dir
 
 from tests.training.test_step import PLAN, batches, network, recipe
@@ -164,6 +165,51 @@ def test_a_lost_process_ends_the_run_and_the_same_command_goes_on(tmp_path):
     status, _, err = run(1, runs, *LONG, f"name={folder(runs).name}")
     assert status == 1
     assert "devices is 2 there and absent here" in err
+
+
+def test_three_processes_go_on_bit_for_bit():
+    """Where the order in which gradients are added up could change a bit."""
+    script = ROOT / "tests" / "training" / "going_on.py"
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, *torchrun, script], env=environment, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert b"Warning" not in done.stderr
+
+
+class Unused(torch.nn.Module):
+    """A linear layer, and one that nothing comes to."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.used, self.unused = torch.nn.Linear(64, 3), torch.nn.Linear(64, 3)
+
+    def forward(self, x):
+        return self.used(x.flatten(1))
+
+
+def test_an_unused_parameter_has_no_gradient_in_company_either(monkeypatch):
+    """So no weight decay takes anything from it. A group of one process, which averages nothing, in
+    two passes an update."""
+    alone, together = Unused(), Unused()
+    steps = [Step(alone, PLAN, recipe())]
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        with monkeypatch.context() as several:
+            several.setattr(distributed, "world_size", lambda: 2)
+            plan = Plan(batch=4, sgd_batch=16, devices=2, micro_batch=4, lr=0.1)
+            steps.append(Step(together, plan, recipe()))
+            for images, labels in batches(3):
+                for step in steps:
+                    step(images, labels, 0.1)
+    finally:
+        dist.destroy_process_group()
+    assert alone.unused.weight.grad is None
+    assert together.unused.weight.grad is None
+    for key, value in Unused().state_dict().items():
+        assert torch.equal(together.state_dict()[key], alone.state_dict()[key]), key
+        assert torch.equal(together.state_dict()[key], value) == key.startswith("unused"), key
 
 
 def _environment(pid: int) -> dict[str, str]:

@@ -18,13 +18,12 @@ import models
 import norms
 from data.mixing import Mixed
 from training import device
-from training.config import LATER
 from training.protocol import Plan
 from training.step import Step
 
 ROOT = Path(__file__).parents[2]
 RECIPE = {
-    **{key.removeprefix("recipe."): value for key, value in LATER.items()},
+    **dict(optimizer="sgd", betas=[0.9, 0.999], clip=0.0, ema=0.0, mixup=0.0, cutmix=0.0),
     **dict(momentum=0.9, nesterov=False, weight_decay=0.01, weight_decay_norms=True),
     **dict(precision="float32", label_smoothing=0.0),
 }
@@ -255,19 +254,6 @@ def test_runs(train, name):
     }
     assert told.get(name, "") in done.out
     assert ("channels last in memory" in done.out) == (name != "contiguous")
-
-
-def test_a_run_from_before_these_keys_is_recognised(train):
-    folder = train("recipe.lr=0.2").run()
-    file = folder / ".hydra" / "config.yaml"
-    old = OmegaConf.load(file)
-    for key in LATER:
-        group, name = key.split(".")
-        del old[group][name]
-    OmegaConf.save(old, file)
-    assert "already, skipped" in train("recipe.lr=0.2").out
-    refused = train("recipe.lr=0.2", "recipe.clip=1", f"name={folder.name}")
-    assert "recipe.clip is 0.0 there and 1 here" in refused.err
 
 
 def test_killed_and_restarted_with_mixing_and_average(train, tmp_path):
