@@ -43,7 +43,7 @@ def main(cfg: DictConfig) -> float | None:
         protocol,
         report,
     )
-    from training.progress import say
+    from training.progress import log
     from training.run import Run
     from training.tensorboard import TensorBoard
 
@@ -65,7 +65,7 @@ def main(cfg: DictConfig) -> float | None:
         scheme=scheme,
         num_classes=source.num_classes,
         in_channels=source.channels,
-        log=say,
+        log=log.info,
     )
     probe = probes.build(**cfg.probe, model=model, batch=plan.batch)
     shape = (plan.micro_batch, source.channels, source.size, source.size)
@@ -73,16 +73,16 @@ def main(cfg: DictConfig) -> float | None:
     graph.enabled(cfg, where)
     work = compile.multiply_adds(model, shape[1:])
 
-    with Run(cfg, say, source.listing) as run:
+    with Run(cfg, source.listing) as run:
         if over := run.result():
-            say(f"{run.folder}: {over['status']} already, skipped")
+            log.info(f"{run.folder}: {over['status']} already, skipped")
             return over["top1"]
         state = run.load()
         threads = compile.threads(cfg.runtime.threads, work, plan.micro_batch)
-        device.prepare(where, cfg.runtime.threads, threads, state, say)
+        device.prepare(where, cfg.runtime.threads, threads, state)
 
         loader = data.load(
-            *(source, cfg.data, cfg.recipe, plan.sgd_batch, cfg.seed, where, say),
+            *(source, cfg.data, cfg.recipe, plan.sgd_batch, cfg.seed, where),
             rank=distributed.rank(),
             world_size=distributed.world_size(),
             debug=checking,
@@ -94,19 +94,19 @@ def main(cfg: DictConfig) -> float | None:
         distributed.broadcast_model(model)
 
         done = state["progress"]["update"] if state else 0
-        say(f"{run.folder}" + (f": goes on after update {done}" if done else ""))
+        log.info(f"{run.folder}" + (f": goes on after update {done}" if done else ""))
         updates = cfg.recipe.updates or cfg.recipe.epochs * len(loader)
         expected = compile.estimate_seconds(work, updates, plan.per_device_batch)
         before = state["compiled"] if state else None
         choice = compile.choose(cfg.runtime.compile, where.type, expected, before)
         if before and before != choice.mode:
-            say(
+            log.warning(
                 f"runtime.compile={choice.mode}: the checkpoint was made with {before}, so the "
                 f"last bits will differ from those of an uninterrupted run"
             )
-        say(report.describe(cfg, plan, model, loader, where, choice))
+        log.info(report.describe(cfg, plan, model, loader, where, choice))
         hyperparameters = report.hyperparameters(cfg, plan)
-        recording = debug.recording(checking, cfg.recipe, run.folder, say)
+        recording = debug.recording(checking, cfg.recipe, run.folder)
         with closing(TensorBoard(run.folder, done, hyperparameters)) as tensorboard, recording:
             progress = loop.train(model, loader, plan, cfg, run, tensorboard, state, probe, choice)
             result = report.result(
@@ -114,7 +114,7 @@ def main(cfg: DictConfig) -> float | None:
             )
             tensorboard.finish(result)
         run.finish(result)
-        say(report.closing(result))
+        log.info(report.closing(result))
         return result["top1"]
 
 

@@ -2,14 +2,15 @@
 
 import ctypes
 import gc
+import logging
 import platform
 from typing import Any
 
 import torch
 
 from training import distributed
-from training.run import Say
 
+log = logging.getLogger("smallbatch")
 CORES = torch.get_num_threads()  # PyTorch's own choice, before anything has changed it
 
 
@@ -50,16 +51,14 @@ def keep_memory() -> None:
         libc.mallopt(ctypes.c_int(-3), ctypes.c_int(2**25))  # M_MMAP_THRESHOLD: the largest allowed
 
 
-def prepare(
-    device: torch.device, setting: int | str, threads: int | None, state: Any, say: Say
-) -> None:
+def prepare(device: torch.device, setting: int | str, threads: int | None, state: Any) -> None:
     """Undo what an earlier run in this process left, and set the number of CPU threads: `threads`,
     or, where `setting`, the key `runtime.threads`, is "auto", the checkpoint's; None: PyTorch's own
     choice, one for every core."""
     before = state["threads"] if state else None
     torch.set_num_threads((setting == "auto" and before) or threads or CORES)
     if before and before != torch.get_num_threads() and device.type == "cpu":
-        say(
+        log.warning(
             f"runtime.threads={setting}: the checkpoint was made with {before}, so the last bits "
             f"will differ from those of an uninterrupted run"
         )

@@ -4,6 +4,7 @@ At small batches a GPU computes a layer in less time than Python takes to launch
 step waits for nobody.
 """
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -11,8 +12,8 @@ import torch
 from torch import Tensor
 
 from training import distributed
-from training.run import Say
 
+log = logging.getLogger("smallbatch")
 Compute = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 WARM_UP = 3  # updates before the recording, in which libraries choose and allocate what they need
 
@@ -56,8 +57,8 @@ class CUDAGraphStep:
     from tensors. It is called on a stream of its own, on which everybody else waits for it.
     """
 
-    def __init__(self, compute: Compute, device: torch.device, say: Say):
-        self.compute, self.device, self.say, self.calls = compute, device, say, 0
+    def __init__(self, compute: Compute, device: torch.device):
+        self.compute, self.device, self.calls = compute, device, 0
         self.stream: Any = torch.cuda.Stream(device)
         self.replay: Any = None
         self.failed = False
@@ -85,7 +86,7 @@ class CUDAGraphStep:
             self.replay, self.results = capture(self.compute, self.images, self.labels, self.stream)
         except RuntimeError as error:
             self.failed = True
-            self.say(
+            log.warning(
                 f"  runtime.graph: the step of this network cannot be recorded as a CUDA graph "
                 f"({str(error).splitlines()[0]}); going on without"
             )

@@ -111,7 +111,7 @@ def train(
     updates = recipe.updates or recipe.epochs * per_epoch
     epochs = math.ceil(updates / per_epoch)
     device = next(model.parameters()).device
-    step = Step(model, plan, recipe, choice, graph.enabled(cfg, device), run.say)
+    step = Step(model, plan, recipe, choice, graph.enabled(cfg, device))
     now = Progress()
     if state:
         step.load_state_dict(state)

@@ -14,13 +14,13 @@ log.txt                  what it said, where a launcher gave it a process of its
 import csv
 import io
 import json
+import logging
 import math
 import os
 import pickle
 import shutil
 import time
 import zipfile
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ from training import dataset, distributed
 from training.config import cannot_write, folder, identity, read_config
 from training.files import read_result, write
 
-Say = Callable[[str], None]
+log = logging.getLogger("smallbatch")
 CHECKPOINT = {"model", "optimizer", "scaler", "progress", "rng", "threads", "compiled"}
 COLUMNS = (  # of metrics.csv; accuracies in %
     *("epoch", "update", "learning_rate", "train_loss", "train_top1"),
@@ -77,13 +77,12 @@ class Run:
     """The folder of one training, locked for this process while the `with` lasts. The lock is the
     kernel's: it ends with the process, however that ends."""
 
-    def __init__(self, cfg: DictConfig, say: Say, listing: Any = None):
+    def __init__(self, cfg: DictConfig, listing: Any = None):
         """`listing`: the files of the data set, if it is a folder of the user's.
 
         Raises `BusyError` if another process trains it, `RefusedError` if it holds another
         configuration or other data, and `OSError` if it cannot be written."""
         self.folder = distributed.broadcast_result(dataset.locate)(folder(cfg), cfg, listing)
-        self.say = say
         self.overwrite = cfg.overwrite
         self.saved: int | None = None
         """The update of the last checkpoint."""
@@ -231,5 +230,5 @@ class Run:
                 zipfile.BadZipFile,
             ):
                 instead = f"going on from {files[i]}" if i < len(files) else "starting again"
-                self.say(f"{file}: damaged; {instead}")
+                log.warning(f"{file}: damaged; {instead}")
         return None

@@ -1,5 +1,6 @@
 """One optimizer step, and all that it changes."""
 
+import logging
 import time
 import warnings
 from contextlib import nullcontext
@@ -13,7 +14,8 @@ from training import distributed, optimizer
 from training.compile import EAGER, Choice, compiled, first_line
 from training.graph import CUDAGraphStep
 from training.protocol import Plan
-from training.run import Say
+
+log = logging.getLogger("smallbatch")
 
 
 class Step:
@@ -32,12 +34,11 @@ class Step:
         recipe: Any,
         choice: Choice = EAGER,
         graph: bool = False,
-        say: Say = print,
     ):
         self.model, self.plan, self.recipe = model, plan, recipe
         self.network = compiled(model, choice.mode)
         self.parallel: Any = None
-        self.choice, self.say = choice, say
+        self.choice = choice
         self.device = next(model.parameters()).device
         half = torch.float16 if recipe.precision == "float16" else torch.bfloat16
         self.autocast = torch.autocast(
@@ -54,7 +55,7 @@ class Step:
             from timm.utils import ModelEmaV3  # two seconds
 
             self.average = ModelEmaV3(model, recipe.ema)
-        self.graph_step = CUDAGraphStep(self.compute, self.device, say) if graph else None
+        self.graph_step = CUDAGraphStep(self.compute, self.device) if graph else None
 
     @property
     def eval_model(self) -> nn.Module:
@@ -96,9 +97,9 @@ class Step:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # the compiler's, about itself
                 self.backward(self.network, images, labels)
-            self.say(f"  compiled in {time.perf_counter() - start:.0f} s")
+            log.info(f"  compiled in {time.perf_counter() - start:.0f} s")
         except Exception as error:  # of four libraries
-            self.say(
+            log.warning(
                 f"  runtime.compile={self.choice.mode}: torch.compile does not work here "
                 f"({first_line(error)}); going on without"
             )
