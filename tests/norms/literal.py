@@ -229,3 +229,44 @@ class EvoNormB0:
         right = per_channel(v) * x + torch.sqrt(own + self.eps)
         bottom = torch.maximum(per_channel(torch.sqrt(var + self.eps)), right)
         return per_channel(weight) * x / bottom + per_channel(bias)
+
+
+class Online:
+    """The authors' loop over images, by hand in both directions (no autograd)."""
+
+    def __init__(self, channels: int, a: float, b: float, eps=1e-5):
+        self.mean, self.var = torch.zeros(channels), torch.ones(channels)
+        self.u, self.w = torch.zeros(channels), torch.zeros(channels)
+        self.a, self.b, self.eps = a, b, eps
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        self.weight, self.z, self.scales = weight, [], []
+        for image in x:
+            mean = image.mean((1, 2))
+            var = ((image - mean[:, None, None]) ** 2).mean((1, 2))
+            scale = torch.sqrt(self.var + self.eps)
+            self.z.append((image - self.mean[:, None, None]) / scale[:, None, None])
+            self.scales.append(scale)
+            change = mean - self.mean
+            self.var = self.a * self.var + (1 - self.a) * var + self.a * (1 - self.a) * change**2
+            self.mean = self.mean + (1 - self.a) * change
+        return per_channel(weight) * torch.stack(self.z) + per_channel(bias)
+
+    def backward(self, dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """dx, dweight, dbias."""
+        dx = []
+        for grad, z, scale in zip(dy * per_channel(self.weight), self.z, self.scales, strict=True):
+            h = grad - (1 - self.b) * self.w[:, None, None] * z
+            self.w = self.w + (h * z).mean((1, 2))
+            d = h / scale[:, None, None] - (1 - self.b) * self.u[:, None, None]
+            self.u = self.u + d.mean((1, 2))
+            dx.append(d)
+        return torch.stack(dx), (dy * torch.stack(self.z)).sum((0, 2, 3)), dy.sum((0, 2, 3))
+
+    def evaluate(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        z = (x - per_channel(self.mean)) / per_channel(torch.sqrt(self.var + self.eps))
+        return per_channel(weight) * z + per_channel(bias)
+
+
+def layer_scaling(y: Tensor, eps=1e-5) -> Tensor:
+    return torch.stack([image / torch.sqrt((image**2).mean() + eps) for image in y])

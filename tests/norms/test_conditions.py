@@ -28,12 +28,14 @@ from tests.norms.test_schemes import OPTIONS, VARIANTS
 
 CASES = norms.names() + list(VARIANTS)
 MODES = [True, False]
-MABN = {"mabn", "mabn imagenet"}  # whose gradient in training is not that of its forward pass
+CUSTOM = {n for n in CASES if n.split()[0] in ("mabn", "online")}  # whose gradient is their own
 TIMM = {"frn", "evonorm_s0", "evonorm_b0"}  # in float32 whatever comes in, and of 2-d maps only
 PYTORCH = {"sync_bn", "gn", "gn channels", "ln", "ws_gn", "ws_gn timm"}  # norms of PyTorch's own
+TWO_MAPS = {"online", "online clamp"}  # keep what their last operation began with
 NO_NORM = {"none", "pws", "pws equiv", "pws tensorflow"}
 OURS = sorted(set(CASES) - TIMM - PYTORCH - NO_NORM)
-MOVING = [name for name in CASES if name.split()[0] in ("bcn", "bn", "brn", "mabn", "ws_bn")]
+MOVES = ("bcn", "bn", "brn", "mabn", "online", "ws_bn")
+MOVING = [name for name in CASES if name.split()[0] in MOVES]
 
 
 class Pair(nn.Sequential):
@@ -123,7 +125,7 @@ def test_autocast(name, dtype):
     x = images(name, 2)
     for _ in range(3):
         with torch.autocast("cpu", dtype):
-            if name in MABN and dtype == torch.float16:
+            if name in CUSTOM and dtype == torch.float16:
                 with pytest.raises(ValueError, match="expected float32 or bfloat16"):
                     step(layer, x)
                 break
@@ -248,12 +250,12 @@ def test_derivatives(name, training, as_default, monkeypatch):
     x = images(name, 2, 3, requires_grad=True)
     function, parameters = as_function(layer)
     checks = dict(fast_mode=True, check_batched_grad=True)
-    if training and name in MABN:
+    if training and name in CUSTOM:
         y = function(x, *parameters)
         (dx,) = torch.autograd.grad(y.sum(), x, create_graph=True)
-        with pytest.raises(RuntimeError, match=r"^MABN2d: .* no second derivative .* training"):
+        with pytest.raises(RuntimeError, match=r"^\w+2d: .* no second derivative .* training"):
             torch.autograd.grad(dx.sum(), parameters[0], allow_unused=True, retain_graph=True)
-        with pytest.raises(RuntimeError, match=r"^MABN2d: .* no second derivative .* training"):
+        with pytest.raises(RuntimeError, match=r"^\w+2d: .* no second derivative .* training"):
             dx.sum().backward()
         return
     assert gradcheck(function, (x, *parameters), check_forward_ad=True, **checks)
@@ -261,10 +263,10 @@ def test_derivatives(name, training, as_default, monkeypatch):
 
 
 @SCRIPTED
-@pytest.mark.parametrize("name", sorted(MABN))
-def test_what_mabn_cannot_do_in_training_is_one_line(name):
+@pytest.mark.parametrize("name", sorted(CUSTOM))
+def test_what_a_gradient_of_its_own_cannot_do_is_one_line(name):
     layer, x = Pair(name, 2), images(name, 2, requires_grad=True)
-    with pytest.raises(RuntimeError, match=r"^MABN2d: .* torch.vmap cannot .* evaluation mode$"):
+    with pytest.raises(RuntimeError, match=r"^\w+2d: .* torch.vmap cannot .* evaluation mode$"):
         torch.autograd.grad(layer(x), x, torch.randn(3, 4, 8, 4, 4), is_grads_batched=True)
     with forward_ad.dual_level():
         dual = forward_ad.make_dual(x.detach(), torch.ones_like(x))
@@ -360,7 +362,7 @@ def test_the_same_graph_twice(name):
 
 
 @pytest.mark.parametrize("training", MODES)
-@pytest.mark.parametrize("name", sorted(set(CASES) - TIMM - NO_NORM))
+@pytest.mark.parametrize("name", sorted(set(CASES) - TIMM - NO_NORM - TWO_MAPS))
 def test_only_the_input_is_kept_for_the_backward_pass(name, training):
     """And numbers per map."""
     layer, x = Pair(name, 2)[1].train(training), images(name, 2, 16)
@@ -601,7 +603,7 @@ def test_batch_norms_without_running_statistics(name):
     """`torch.func.replace_all_batch_norm_modules_`: batch norms take the batch's, always; a method
     that is made of moving statistics says so."""
     layer, x = trained(name), images(name, 2)
-    if name.split()[0] in ("mabn", "brn") or name in ("bcn", "bcn estimated"):
+    if name.split()[0] in ("mabn", "brn", "online") or name in ("bcn", "bcn estimated"):
         with pytest.raises(AttributeError, match="its running_mean cannot be taken away"):
             torch.func.replace_all_batch_norm_modules_(layer)
         return
@@ -768,7 +770,7 @@ def test_repr(name):
         assert repr(layer)
     norm = Pair(name, 2)[1]
     if isinstance(norm, BatchStatisticsNorm):
-        assert repr(norm).startswith(f"{type(norm).__name__}(8, batch_size=2, ")
+        assert repr(norm).startswith(f"{type(norm).__name__}(8, batch_size={norm.batch_size}, ")
 
 
 @pytest.mark.parametrize("name", CLASSES)
