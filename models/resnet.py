@@ -173,6 +173,8 @@ class ResNet(nn.Module):
         self.stages = [f"layer{i}" for i in range(1, len(widths) + 1)]
         if zero_init:
             self.zero_last_norms()
+        if scheme.finish:
+            scheme.finish(self)
 
     def zero_last_norms(self) -> None:
         """Every residual branch starts at zero (arXiv 1706.02677), where its norm has a gain."""

@@ -168,10 +168,9 @@ class OnlineNorm2d(BatchStatisticsNorm):
         with the moments; moves m and v."""
         count, rate = self.num_images_normalized, self.momentum
         before, after = m.moving_average(self.running_mean, mean, rate, count)
+        old: Any = 1 - (rate or 0)
         if rate is None:
             old = 1 - 1 / (count + torch.arange(1, len(mean) + 1, device=mean.device)[:, None])
-        else:
-            old = 1 - rate
         values = var + old * (mean - before).square()
         v_before, v_after = m.moving_average(self.running_var, values, rate, count)
         self.commit(

@@ -41,8 +41,9 @@ class Scheme:
     their statistics per channel; group norm loses as much."""
     initialize: Callable[[nn.Module, Tensor], None] | None = None
     """A data-dependent start: called once with training images, before the first step."""
-    check: Callable[[nn.Module], None] | None = None
-    """Raises `ValueError` if the options make no sense for the finished network."""
+    finish: Callable[[nn.Module], None] | None = None
+    """Sees the finished network, to link or replace layers; raises `ValueError`, before it changes
+    anything, if the options make no sense for it."""
 
 
 CONV: dict[int, type[nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}

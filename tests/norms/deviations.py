@@ -162,6 +162,7 @@ def rows() -> list[list[str]]:
     steps = literal.MABNImageNet(CHANNELS, 4, momentum=0.9, warmup=3)
     stream = dict(alpha_forward=0.9, alpha_backward=0.8)
     online = literal.Online(CHANNELS, 0.9, 0.8)
+    power = literal.PowerNorm(CHANNELS, 0.9, 0.8, 12)
     b0 = literal.EvoNormB0(CHANNELS)
     window = dict(moving_average_batch_size=8, momentum=0.9)
     return [
@@ -181,6 +182,7 @@ def rows() -> list[list[str]]:
                  steps, steps, imagenet),
         norm_row("online", "without compensation",
                  build("online", **stream, compensation="none"), ByHand(online), online),
+        norm_row("powernorm", "", build("powernorm", **stream, warmup=12), ByHand(power), power),
         norm_row("frn", "with threshold, timm", build("frn", act=True), literal.frn, None),
         norm_row("evonorm_s0", "timm", build("evonorm_s0", act=True, groups=4),
                  partial(literal.evonorm_s0, groups=4), None),

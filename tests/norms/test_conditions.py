@@ -28,13 +28,16 @@ from tests.norms.test_schemes import OPTIONS, VARIANTS
 
 CASES = norms.names() + list(VARIANTS)
 MODES = [True, False]
-CUSTOM = {n for n in CASES if n.split()[0] in ("mabn", "online")}  # whose gradient is their own
+CUSTOM = {
+    n for n in CASES if n.split()[0] in ("mabn", "online", "powernorm")
+}  # whose gradient is their own
 TIMM = {"frn", "evonorm_s0", "evonorm_b0"}  # in float32 whatever comes in, and of 2-d maps only
 PYTORCH = {"sync_bn", "gn", "gn channels", "ln", "ws_gn", "ws_gn timm"}  # norms of PyTorch's own
+CONV = {n for n in CASES if n.split()[0] == "cbn"}  # a norm that goes with its convolution
 TWO_MAPS = {"online", "online clamp"}  # keep what their last operation began with
 NO_NORM = {"none", "pws", "pws equiv", "pws tensorflow"}
 OURS = sorted(set(CASES) - TIMM - PYTORCH - NO_NORM)
-MOVES = ("bcn", "bn", "brn", "mabn", "online", "ws_bn")
+MOVES = ("bcn", "bn", "brn", "cbn", "mabn", "online", "powernorm", "ws_bn", "xbn")
 MOVING = [name for name in CASES if name.split()[0] in MOVES]
 
 
@@ -50,6 +53,8 @@ class Pair(nn.Sequential):
         conv = self.scheme.conv(cin, cout, kernel, **options)
         norm = (self.scheme.norm_act or self.scheme.norm)(cout)
         super().__init__(conv, norm)
+        if hasattr(norm, "follow"):
+            self.scheme.finish(self)
 
 
 def images(name, batch, size=6, **options):
@@ -96,8 +101,10 @@ def test_shapes(name, batch, height, width, kernel, stride, dilation, groups):
     except RuntimeError:
         assume(False)  # the kernel is larger than the image
     if shape[2] * shape[3] * (1 if name == "in" else batch) == 1:
-        refused = name in ("bn", "brn", "brn learned", "in", "sync_bn", "ws_bn", "evonorm_b0")
-        assume(not refused and name != "bcn batch")  # one value: see test_layers.py
+        refused = name in ("brn learned", "in", "sync_bn", "ws_bn", "evonorm_b0", "bcn batch")
+        assume(
+            not refused and name.split()[0] not in ("bn", "brn", "cbn")
+        )  # one value: see test_layers.py
     other = copy.deepcopy(layer).to(memory_format=torch.channels_last)
     results = step(layer, x)
     assert results[0].shape == shape
@@ -362,7 +369,7 @@ def test_the_same_graph_twice(name):
 
 
 @pytest.mark.parametrize("training", MODES)
-@pytest.mark.parametrize("name", sorted(set(CASES) - TIMM - NO_NORM - TWO_MAPS))
+@pytest.mark.parametrize("name", sorted(set(CASES) - TIMM - NO_NORM - TWO_MAPS - CONV))
 def test_only_the_input_is_kept_for_the_backward_pass(name, training):
     """And numbers per map."""
     layer, x = Pair(name, 2)[1].train(training), images(name, 2, 16)
@@ -571,7 +578,7 @@ def test_running_statistics_anew(name):
     maps = torch.cat([layer[0](x) for x in loader]).unflatten(0, (-1, 2))  # batches of two images
     mean, var = maps.mean((1, 3, 4)), maps.var((1, 3, 4))
     norm = getattr(layer[1], "bn", layer[1])
-    if name in ("mabn",):
+    if name in ("mabn", "powernorm"):
         square = maps.square().mean((1, 3, 4))
         torch.testing.assert_close(norm.running_square, square.mean(0))
     elif isinstance(norm, norms.GhostBatchNorm2d):
@@ -603,7 +610,10 @@ def test_batch_norms_without_running_statistics(name):
     """`torch.func.replace_all_batch_norm_modules_`: batch norms take the batch's, always; a method
     that is made of moving statistics says so."""
     layer, x = trained(name), images(name, 2)
-    if name.split()[0] in ("mabn", "brn", "online") or name in ("bcn", "bcn estimated"):
+    if name.split()[0] in ("mabn", "brn", "cbn", "online", "powernorm") or name in (
+        "bcn",
+        "bcn estimated",
+    ):
         with pytest.raises(AttributeError, match="its running_mean cannot be taken away"):
             torch.func.replace_all_batch_norm_modules_(layer)
         return
@@ -622,7 +632,7 @@ def test_synchronized_batch_norms(name):
     convert = nn.SyncBatchNorm.convert_sync_batchnorm
     with pytest.raises(ValueError, match=r"nn.SyncBatchNorm has no groups of images"):
         convert(Pair(name, 2))
-    if name in ("bn", "ws_bn"):
+    if name.split()[0] in ("bn", "ws_bn", "xbn"):
         layer = Pair(name, None)
         layer(images(name, 2))
         x = images(name, 2)
@@ -782,7 +792,7 @@ def test_docstrings_say_the_shapes(name):
 
 
 @pytest.mark.parametrize("training", MODES)
-@pytest.mark.parametrize("name", sorted(set(CASES) - NO_NORM - TIMM))
+@pytest.mark.parametrize("name", sorted(set(CASES) - NO_NORM - TIMM - CONV))
 def test_any_number_of_dimensions(name, training):
     """(N, C, *) is what (N, C, H, W) is, the positions being no grid."""
     x = torch.randn(2 if name == "sync_bn" else 4, 8, 4, 6) * 2 + 1

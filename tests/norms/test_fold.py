@@ -60,7 +60,8 @@ def test_fold(name, network, as_default):
     left = [m for m in layers if type(m).__name__.endswith(("Norm", "Norm2d", "S0", "B0"))]
     if name not in STAY:
         groups = [type(m) for m in left]
-        count = {"pws": 2, "bcn": len([m for m in model.modules() if hasattr(m, "bn")])}
+        count = {"xbn": sum(type(m) is nn.GroupNorm for m in model.modules())}
+        count |= {"pws": 2, "bcn": len([m for m in model.modules() if hasattr(m, "bn")])}
         assert groups == [nn.GroupNorm] * count.get(name, 0)
 
 

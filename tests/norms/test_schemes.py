@@ -14,7 +14,13 @@ BATCH_INDEPENDENT = {"gn", "ws_gn", "pws", "ln", "in", "none", "frn", "evonorm_s
 GHOSTS = [name for name in ALL if name != "sync_bn"]  # which takes one batch at a time
 # Short warm-ups and schedules, so that a few steps reach every branch.
 SHORT = {"moving_average_batch_size": 8, "warmup": 6}
-OPTIONS = {"mabn": SHORT, "brn": {"start": 1, "r_until": 3, "d_until": 3}}
+OPTIONS = {
+    "cbn": {"burn_in": 2, "window": 3},
+    "xbn": {"groups": 4},
+    "mabn": SHORT,
+    "powernorm": {"warmup": 4},
+    "brn": {"start": 1, "r_until": 3, "d_until": 3},
+}
 VARIANTS = {
     "mabn imagenet": {"version": "imagenet", "moving_average_batch_size": 8, "warmup": 3},
     "bcn batch": {"statistics": "batch"},
@@ -24,6 +30,9 @@ VARIANTS = {
     "ws_gn timm": {"unbiased": False, "eps_inside": True, "ws_eps": 1e-6},
     "brn learned": {"fixed_weight": False, "start": 0, "r_until": 2, "d_until": 2},
     "gn channels": {"channels_per_group": 4},
+    "cbn window": {"burn_in": 0, "window": 8},
+    "xbn P1": {"position": "P1", "groups": 4},
+    "xbn P3": {"position": "P3", "groups": 4},
     "online clamp": {"compensation": "clamp", "alpha_forward": 0.9, "alpha_backward": 0.8},
     "online none": {"compensation": "none", "alpha_forward": 0.9, "alpha_backward": 0.8},
 }
@@ -38,10 +47,8 @@ def small(name, batch_size, seed=0, **options):
 
 
 def test_the_methods():
-    expected = (
-        "bcn bn brn evonorm_b0 evonorm_s0 frn gn in ln mabn none online pws sync_bn ws_bn ws_gn"
-    )
-    assert expected.split() == ALL
+    expected = "bcn bn brn cbn evonorm_b0 evonorm_s0 frn gn in ln mabn none online powernorm pws"
+    assert [*expected.split(), "sync_bn", "ws_bn", "ws_gn", "xbn"] == ALL
 
 
 @pytest.mark.parametrize("name", GHOSTS + list(VARIANTS))
@@ -120,7 +127,7 @@ def test_batch_size_that_is_none(batch):
         norms.build("bn", batch_size=batch)
 
 
-@pytest.mark.parametrize("name", ["gn", "ws_gn", "bcn"])
+@pytest.mark.parametrize("name", ["gn", "ws_gn", "bcn", "xbn"])
 def test_group_count_that_fits_no_layer(name):
     with pytest.raises(
         ValueError, match=r"norm.groups=7: fits no layer .*16, 32, 64.* allowed: 1,"
