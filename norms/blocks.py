@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from .convert import copy_attributes, reuse_parameters
 
@@ -38,3 +39,33 @@ def swap_norm(place: Place, new: Any) -> None:
     for child, module in old.named_children():
         new.add_module(child, module)
     setattr(parent, name, new)
+
+
+class NoNorm(nn.Identity):
+    """In place of a norm, where it shows where a block's branch ends; (N, C, *) -> (N, C, *)."""
+
+    def __init__(self, channels: int = 0):
+        super().__init__()
+
+
+class BranchScale(nn.Module):
+    """x * gain * factor at the end of a residual branch, with a learned number `gain`.
+
+    (N, C, *) -> (N, C, *)."""
+
+    no_weight_decay: tuple[str, ...] = ()
+
+    def __init__(self, start: float, factor: float = 1.0):
+        super().__init__()
+        self.start, self.factor = start, factor
+        self.gain = nn.Parameter(torch.empty(()))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.constant_(self.gain, self.start)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * (self.gain * self.factor).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return f"start={self.start:.4g}, factor={self.factor}"

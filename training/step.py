@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from norms import Scheme
 from training import distributed, optimizer
 from training.compile import EAGER, Choice, compiled, first_line
 from training.graph import Recorded
@@ -31,9 +32,12 @@ class Step:
         recipe: Any,
         choice: Choice = EAGER,
         graph: bool = False,
+        scheme: Scheme | None = None,
         say: Say = print,
     ):
         self.model, self.plan, self.recipe = model, plan, recipe
+        self.after_step = scheme.after_step if scheme else None
+        self.second_pass = scheme.second_pass if scheme else None
         self.network = compiled(model, choice.mode)
         self.choice, self.tried, self.say = choice, choice.mode == "false", say
         self.device = next(model.parameters()).device
@@ -42,8 +46,9 @@ class Step:
             self.device.type, half, enabled=recipe.precision != "float32"
         )
         self.optimizer = optimizer.build(model, recipe, plan.lr)
-        # On a GPU the learning rate lies there, where a recorded step finds it.
-        self.lr = torch.tensor(plan.lr, device=self.device) if self.device.type == "cuda" else None
+        self.clipped = optimizer.all_but_the_head(model) if recipe.clip == "agc" else []
+        # On a GPU learning rates lie there, where a recorded step finds them.
+        self.lr = [torch.tensor(plan.lr, device=self.device) for _ in self.optimizer.param_groups]
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=recipe.precision == "float16")
         self.gradients = distributed.flat_gradients(model)
         self.average: Any = None
@@ -60,10 +65,9 @@ class Step:
 
     def __call__(self, images: Tensor, labels: Tensor, lr: float) -> tuple[Tensor, Tensor]:
         self.try_compiler(images, labels)
-        if self.lr is not None:
-            self.lr.fill_(lr)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr if self.lr is None else self.lr
+        for group, on_device in zip(self.optimizer.param_groups, self.lr, strict=True):
+            own = lr / group.get("lr_divisor", 1.0)
+            group["lr"] = on_device.fill_(own) if self.device.type == "cuda" else own
         return (self.recorded or self.compute)(images, labels)
 
     def try_compiler(self, images: Tensor, labels: Tensor) -> None:
@@ -107,13 +111,24 @@ class Step:
             correct += (logits.argmax(1) == (y if y.ndim == 1 else y.argmax(1))).sum()
         for gradients in self.gradients:
             distributed.total(gradients).div_(self.plan.devices)
-        if self.recipe.clip:
+        if self.clipped:
+            from timm.utils import adaptive_clip_grad  # two seconds
+
+            self.scaler.unscale_(self.optimizer)
+            adaptive_clip_grad(self.clipped, self.recipe.clip_factor)
+        elif self.recipe.clip:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip)
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        if self.after_step:
+            self.after_step(self.model)
         if self.average:
             self.average.update(self.model)
+        if self.second_pass:
+            with torch.no_grad(), self.second_pass(self.model), self.autocast:
+                for x in images.split(self.plan.forward):
+                    self.network(x)
         return loss, correct
 
     def state_dict(self) -> dict[str, Any]:

@@ -339,3 +339,42 @@ class CBN:
         self.var = (1 - self.momentum) * self.var + self.momentum * of_batch * n / (n - 1)
         self.batches += 1
         return per_channel(weight) * z + per_channel(bias)
+
+
+class MBN:
+    """The memory as a list of past batches, the oldest first."""
+
+    def __init__(self, size: int, eta: float, eps=1e-5):
+        self.size, self.eta, self.eps, self.memory = size, eta, eps, []
+
+    def combine(self, batches, weights):
+        total = sum(w * n for (_, _, n), w in zip(batches, weights, strict=True))
+        pairs = list(zip(batches, weights, strict=True))
+        mean = sum(w * n * mu for (mu, _, n), w in pairs) / total
+        var = sum(w * n * ((mu - mean) ** 2 + v) for (mu, v, n), w in pairs) / total
+        return mean, var
+
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor, lam: float, record=False) -> Tensor:
+        mu = x.mean((0, 2, 3))
+        own = (mu, ((x - per_channel(mu)) ** 2).mean((0, 2, 3)), x.numel() // x.shape[1])
+        past = [lam * self.eta**i for i in reversed(range(len(self.memory)))]
+        mean, var = self.combine([*self.memory, own], [*past, 1.0])
+        if record:
+            self.memory = [*self.memory, own][-self.size :]
+        z = (x - per_channel(mean)) / per_channel(torch.sqrt(var + self.eps))
+        return per_channel(weight) * z + per_channel(bias)
+
+    def evaluate(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        weights = [self.eta**i for i in reversed(range(len(self.memory)))]
+        mean, var = self.combine(self.memory, weights)
+        z = (x - per_channel(mean)) / per_channel(torch.sqrt(var + self.eps))
+        return per_channel(weight) * z + per_channel(bias)
+
+
+def scaled_standardize(weight: Tensor, gain: Tensor, eps=1e-6) -> Tensor:
+    gamma = (2 / (1 - 1 / torch.pi)) ** 0.5
+    filters = []
+    for w, g in zip(weight, gain, strict=True):
+        var = ((w - w.mean()) ** 2).mean()
+        filters.append(g * gamma * (w - w.mean()) / torch.sqrt(w.numel() * (var + eps)))
+    return torch.stack(filters)

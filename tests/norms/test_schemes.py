@@ -10,13 +10,14 @@ import models
 import norms
 
 ALL = norms.names()
-BATCH_INDEPENDENT = {"gn", "ws_gn", "pws", "ln", "in", "none", "frn", "evonorm_s0"}
+BATCH_INDEPENDENT = {"gn", "ws_gn", "pws", "ln", "in", "nf", "none", "frn", "evonorm_s0"}
 GHOSTS = [name for name in ALL if name != "sync_bn"]  # which takes one batch at a time
 # Short warm-ups and schedules, so that a few steps reach every branch.
 SHORT = {"moving_average_batch_size": 8, "warmup": 6}
 OPTIONS = {
     "cbn": {"burn_in": 2, "window": 3},
     "xbn": {"groups": 4},
+    "mbn": {"size": 3, "lam": [0.1, 0.9], "lam_until": [2]},
     "mabn": SHORT,
     "powernorm": {"warmup": 4},
     "brn": {"start": 1, "r_until": 3, "d_until": 3},
@@ -47,8 +48,9 @@ def small(name, batch_size, seed=0, **options):
 
 
 def test_the_methods():
-    expected = "bcn bn brn cbn evonorm_b0 evonorm_s0 frn gn in ln mabn none online powernorm pws"
-    assert [*expected.split(), "sync_bn", "ws_bn", "ws_gn", "xbn"] == ALL
+    expected = "bcn bn brn cbn evonorm_b0 evonorm_s0 frn gn in ln mabn mbn mimicnorm nf none "
+    expected += "online powernorm pws sync_bn ws_bn ws_gn xbn"
+    assert expected.split() == ALL
 
 
 @pytest.mark.parametrize("name", GHOSTS + list(VARIANTS))
@@ -56,8 +58,13 @@ def test_the_methods():
 @pytest.mark.parametrize("batch", [1, 2])
 def test_ghost_equals_accumulate(name, forward, batch, as_default):
     """Losses, gradients, weights and state, whatever number of images passes at once."""
+    if name == "mimicnorm" and batch == 1:
+        with pytest.raises(ValueError, match=r"^batch=1: norm=mimicnorm .* expected 2 or more"):
+            norms.build(name, batch_size=1)
+        return
     exact = 1e-5 if name.startswith(("frn", "evonorm")) else 1e-9  # timm's statistics: float32
     ghost, accumulate = small(name, batch), small(name, batch)
+    scheme = norms.build(name.split()[0], batch_size=batch)
     for step in range(4):
         x = torch.randn(12, 2, 8, 8)
         y = torch.randint(0, 5, (12,))
@@ -78,6 +85,13 @@ def test_ghost_equals_accumulate(name, forward, batch, as_default):
             for model in (ghost, accumulate):
                 for p in model.parameters():
                     p -= 0.1 * p.grad if p.requires_grad else 0
+            for model, size in ((ghost, forward), (accumulate, batch)):
+                if scheme.after_step:
+                    scheme.after_step(model)
+                if scheme.second_pass:
+                    with scheme.second_pass(model):
+                        for part in x.split(size):
+                            model(part)
     state = accumulate.state_dict()
     for key, value in ghost.state_dict().items():
         torch.testing.assert_close(value, state[key], rtol=100 * exact, atol=exact)
