@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import norms
+from norms.nf import ScaledWSConv2d
 from tests.norms import literal
 
 CHANNELS, GROUPS, SIZE, STEPS = 8, 4, 2, 6
@@ -122,7 +123,7 @@ def conv_row(name, variant, layer, weights) -> list[str]:
     own = {k: p.grad for k, p in layer.named_parameters()} | {"x": x.grad}
     exact = {k: p.detach().clone().requires_grad_() for k, p in layer.named_parameters()}
     exact["x"] = x.detach().clone().requires_grad_()
-    alpha = (exact["alpha"],) if "alpha" in exact else ()
+    alpha = [exact[key] for key in ("alpha", "gain") if key in exact]
     expected = literal.conv(exact["x"], weights(exact["weight"], *alpha), exact["bias"])
     expected.backward(dy)
     worst = max(relative(own[k], exact[k].grad) for k in exact)
@@ -145,6 +146,7 @@ def rows() -> list[list[str]]:
          partial(literal.pws_weight, gamma=0.1 * fan, fan=36)),
         ("pws", "gamma 1e-3, fan_out", pws(4, 6, 3, mode="fan_out"),
          partial(literal.pws_weight, gamma=1e-3, fan=54)),
+        ("nf", "scaled standardization", ScaledWSConv2d(4, 6, 3), literal.scaled_standardize),
         ("mabn", "centred convolution", norms.CenteredConv2d(4, 6, 3), literal.center),
     ]  # fmt: skip
 

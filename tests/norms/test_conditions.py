@@ -35,9 +35,9 @@ TIMM = {"frn", "evonorm_s0", "evonorm_b0"}  # in float32 whatever comes in, and 
 PYTORCH = {"sync_bn", "gn", "gn channels", "ln", "ws_gn", "ws_gn timm"}  # norms of PyTorch's own
 CONV = {n for n in CASES if n.split()[0] == "cbn"}  # a norm that goes with its convolution
 TWO_MAPS = {"online", "online clamp"}  # keep what their last operation began with
-NO_NORM = {"none", "pws", "pws equiv", "pws tensorflow"}
+NO_NORM = {"mimicnorm", "nf", "none", "pws", "pws equiv", "pws tensorflow"}
 OURS = sorted(set(CASES) - TIMM - PYTORCH - NO_NORM)
-MOVES = ("bcn", "bn", "brn", "cbn", "mabn", "online", "powernorm", "ws_bn", "xbn")
+MOVES = ("bcn", "bn", "brn", "cbn", "mabn", "mbn", "online", "powernorm", "ws_bn", "xbn")
 MOVING = [name for name in CASES if name.split()[0] in MOVES]
 
 
@@ -103,7 +103,7 @@ def test_shapes(name, batch, height, width, kernel, stride, dilation, groups):
     if shape[2] * shape[3] * (1 if name == "in" else batch) == 1:
         refused = name in ("brn learned", "in", "sync_bn", "ws_bn", "evonorm_b0", "bcn batch")
         assume(
-            not refused and name.split()[0] not in ("bn", "brn", "cbn")
+            not refused and name.split()[0] not in ("bn", "brn", "cbn", "mbn", "xbn")
         )  # one value: see test_layers.py
     other = copy.deepcopy(layer).to(memory_format=torch.channels_last)
     results = step(layer, x)
@@ -424,7 +424,11 @@ def trained(name, steps=3, **options):
         for p in layer.parameters():
             p.add_(torch.randn_like(p) / 4)
     for _ in range(steps):
-        step(layer, images(name, 2) * 2 + 1)
+        x = images(name, 2) * 2 + 1
+        step(layer, x)
+        if layer.scheme.second_pass:
+            with torch.no_grad(), layer.scheme.second_pass(layer):
+                layer(x)
     return layer
 
 
@@ -584,7 +588,7 @@ def test_running_statistics_anew(name):
     elif isinstance(norm, norms.GhostBatchNorm2d):
         torch.testing.assert_close(norm.running_mean, mean.mean(0))
         torch.testing.assert_close(norm.running_var, var.mean(0))
-    elif not name.startswith("mabn"):
+    elif not name.startswith(("mabn", "mbn")):  # whose averages forget
         torch.testing.assert_close(norm.running_mean, mean.mean(0))
     norm.reset_running_stats()
     assert all(torch.equal(b, first[f"1.{k}"]) for k, b in layer[1].named_buffers())
@@ -610,7 +614,7 @@ def test_batch_norms_without_running_statistics(name):
     """`torch.func.replace_all_batch_norm_modules_`: batch norms take the batch's, always; a method
     that is made of moving statistics says so."""
     layer, x = trained(name), images(name, 2)
-    if name.split()[0] in ("mabn", "brn", "cbn", "online", "powernorm") or name in (
+    if name.split()[0] in ("mabn", "mbn", "brn", "cbn", "online", "powernorm") or name in (
         "bcn",
         "bcn estimated",
     ):

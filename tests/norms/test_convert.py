@@ -53,7 +53,7 @@ def test_architectures(name, library, network):
     assert any(isinstance(m, nn.Linear) and m.out_features == 7 for m in model.modules())
 
 
-@pytest.mark.parametrize("name", sorted(set(norms.names()) - {"in", "sync_bn", "xbn"}))
+@pytest.mark.parametrize("name", sorted(set(norms.names()) - {"in", "nf", "sync_bn", "xbn"}))
 def test_every_scheme_goes_into_norm_activation_layers(name):
     options = {"min_channels": 1} if name in ("gn", "ws_gn", "bcn", "evonorm_s0") else {}
     scheme = norms.build(name, batch_size=2, **options)
@@ -275,7 +275,7 @@ def scheme(name, batch_size=2, **options):
     return norms.build(name, batch_size=batch_size, **options)
 
 
-BLOCKS = {"xbn"}  # which need residual blocks
+BLOCKS = {"mimicnorm", "nf", "xbn"}  # which need blocks or a classifier
 EVERY = sorted(set(norms.names()) - {"evonorm_b0", "evonorm_s0"} - BLOCKS)  # need an activation
 OWN_CONV = ["bcn", "cbn", "mabn", "pws", "ws_bn", "ws_gn"]
 

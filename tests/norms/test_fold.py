@@ -18,6 +18,9 @@ STAY = {"gn", "ln", "in", "ws_gn", "frn", "evonorm_s0", "evonorm_b0", "none"}
 def trained(name, network, library=None, size=32, batch=2, **options):
     """A network whose running statistics and affine parameters are not those of its start."""
     scheme = norms.build(name, batch_size=batch, **OPTIONS.get(name, {}), **options)
+    if network == "bottleneck" and name == "xbn":
+        options["groups"] = 8
+        scheme = norms.build(name, batch_size=batch, **options)
     if network == "bottleneck":
         model = ResNet(
             scheme, 5, 3, Bottleneck, (8, 16), (2, 1), "imagenet", False, scheme.block, False

@@ -24,6 +24,7 @@ from norms import (
     names,
 )
 from norms.gn import fit_groups
+from norms.nf import ScaledWSConv2d
 from tests.norms import literal
 
 pytestmark = pytest.mark.usefixtures("as_default")
@@ -460,6 +461,7 @@ CONVS = {
         lambda *a, **k: WSConv2d(*a, unbiased=False, eps_inside=True, eps=1e-6, **k),
         lambda w: literal.standardize(w, False, 1e-6, True),
     ),
+    "nf": (ScaledWSConv2d, lambda w: literal.scaled_standardize(w, torch.ones(len(w)))),
     "centered": (CenteredConv2d, literal.center),
 }
 SHAPES = [
@@ -477,6 +479,8 @@ def test_conv(kind, shape):
     make, weights = CONVS[kind]
     layer = make(**shape)
     randomize(layer)
+    if kind == "nf":
+        nn.init.ones_(layer.gain)
     x = torch.randn(2, shape["in_channels"], 7, 6, requires_grad=True)
     weight = layer.weight.detach().clone().requires_grad_()
     bias = None if layer.bias is None else layer.bias.detach().clone().requires_grad_()
@@ -707,7 +711,7 @@ def test_a_network_in_half_precision(name, size):
     torch.testing.assert_close(x.grad.double(), wide.grad, rtol=0.1, atol=0.1)
 
 
-@pytest.mark.parametrize("name", sorted(set(names()) - {"none", "pws"}))
+@pytest.mark.parametrize("name", sorted(set(names()) - {"mimicnorm", "nf", "none", "pws"}))
 def test_a_diverged_network_is_not_warned_of(name):
     """Warnings are errors here; NumPy has one for what PyTorch computes silently."""
     built = build(name, batch_size=None if name == "sync_bn" else 2)
@@ -722,7 +726,7 @@ def test_a_diverged_network_is_not_warned_of(name):
     assert not y.isfinite().all()
 
 
-@pytest.mark.parametrize("name", sorted(set(names()) - {"cbn", "none", "pws"}))
+@pytest.mark.parametrize("name", sorted(set(names()) - {"cbn", "mimicnorm", "nf", "none", "pws"}))
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_statistics_are_float32(name, dtype):
     """Equal values far from zero: the mean of a map in half precision would be off by units."""
