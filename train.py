@@ -59,6 +59,7 @@ def main(cfg: DictConfig) -> float | None:
     sizes = dict(batch_size=plan.batch, sgd_batch_size=plan.per_device_batch)
     scheme = norms.build(cfg.norm.name, **sizes, **options)
     config.check_precision(cfg, scheme.loss_scaling)
+    config.check_probe(cfg, scheme.second_pass is not None)
     torch.manual_seed(cfg.seed)
     model = models.build(
         **cfg.model,
@@ -108,7 +109,9 @@ def main(cfg: DictConfig) -> float | None:
         hyperparameters = report.hyperparameters(cfg, plan)
         recording = debug.recording(checking, cfg.recipe, run.folder)
         with closing(TensorBoard(run.folder, done, hyperparameters)) as tensorboard, recording:
-            progress = loop.train(model, loader, plan, cfg, run, tensorboard, state, probe, choice)
+            progress = loop.train(
+                model, loader, plan, cfg, run, tensorboard, state, probe, choice, scheme
+            )
             result = report.result(
                 cfg, plan, source, model, loader, scheme.batch_independent, progress
             )

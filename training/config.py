@@ -38,6 +38,9 @@ COUNTS = {
     "data.test_images": 1,
     "norm.moving_average_batch_size": 1,
     "norm.warmup": 0,
+    "norm.window": 1,
+    "norm.size": 1,
+    "norm.burn_in": 0,
     "norm.start": 0,
     "norm.r_until": 0,
     "norm.d_until": 0,
@@ -73,10 +76,16 @@ NUMBERS = {
     "recipe.lighting": (0.0, 1e300, " from 0"),
     "checkpoint.every_minutes": (0.0, 1e300, " from 0"),
     "recipe.clip": (0.0, 1e300, " from 0"),
+    "recipe.clip_factor": (1e-300, 1e300, " above 0"),
+    "norm.lr_divisor": (1e-300, 1e300, " above 0"),
     "recipe.ema": (0.0, 1 - 1e-9, " from 0, below 1"),
     "recipe.mixup": (0.0, 1e300, " from 0"),
     "recipe.cutmix": (0.0, 1e300, " from 0"),
     "norm.momentum": PART,
+    "norm.eta": PART,
+    "norm.alpha": PART,
+    "norm.alpha_forward": PART,
+    "norm.alpha_backward": PART,
     "norm.rate": PART,
     "norm.eps": (0.0, 1e300, " from 0"),
     "norm.ws_eps": (0.0, 1e300, " from 0"),
@@ -94,6 +103,9 @@ CHOICES: dict[str, tuple[str, ...]] = {  # beside a number, where the key is abo
     "recipe.schedule": ("step", "cosine", "linear"),
     "probe.name": ("none", "batch_statistics", "gradient_shift"),
     "recipe.precision": ("float32", "bfloat16", "float16"),
+    "norm.compensation": ("layer_scaling", "clamp", "none"),
+    "norm.position": ("P1", "P2", "P3"),
+    "recipe.clip": ("agc",),
     "runtime.progress": ("auto", "bar", "lines", "none"),
     "runtime.channels_last": ("auto", "true", "false"),
     "runtime.graph": ("auto", "true", "false"),
@@ -263,6 +275,15 @@ def check_precision(cfg: DictConfig, loss_scaling: bool) -> None:
         )
 
 
+def check_probe(cfg: DictConfig, second_pass: bool) -> None:
+    """Raise `ValueError` where a probe would see the images of an update twice."""
+    if second_pass and cfg.probe.name != "none":
+        raise ValueError(
+            f"probe={cfg.probe.name}: looks at every forward pass, and norm={cfg.norm.name} passes "
+            f"each batch twice; expected probe=none"
+        )
+
+
 def shown(value: Any) -> str:
     """As it is typed: in quotes what would be no text without them."""
     typed = {None: "null", True: "true", False: "false"}
@@ -319,7 +340,8 @@ def check(cfg: DictConfig) -> None:
             right, expected = isinstance(value, bool), "true or false"
         elif key in NUMBERS or isinstance(default, int | float):
             low, high, bounds = NUMBERS.get(key, (-1e300, 1e300, ""))
-            right, expected = number and low <= value <= high, f"a number{bounds}"
+            right = (number and low <= value <= high) or value in allowed
+            expected = ", ".join([f"a number{bounds}", *allowed])
         else:
             one = value is not None and isinstance(value, list) == isinstance(default, list)
             right = one and (not allowed or shown(value) in allowed)

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from norms import Scheme
 from training import distributed, graph
 from training.checkpoints import Checkpoints
 from training.compile import EAGER, Choice
@@ -100,6 +101,7 @@ def train(
     state: Any,
     probe: Probe | None = None,
     choice: Choice = EAGER,
+    scheme: Scheme | None = None,
 ) -> Progress:
     """Train until the last update, or until the loss is no longer finite.
 
@@ -111,7 +113,7 @@ def train(
     updates = recipe.updates or recipe.epochs * per_epoch
     epochs = math.ceil(updates / per_epoch)
     device = next(model.parameters()).device
-    step = Step(model, plan, recipe, choice, graph.enabled(cfg, device))
+    step = Step(model, plan, recipe, choice, graph.enabled(cfg, device), scheme)
     now = Progress()
     if state:
         step.load_state_dict(state)

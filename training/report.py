@@ -62,7 +62,9 @@ def describe(
         length = f"{some(recipe.epochs, 'epoch')} of {some(per_epoch, 'update')}"
     left = f", leaving out {some(loader.dropped, 'image')}" if loader.dropped else ""
     why = graph.unsupported_reason(cfg, device)
-    extras = {f"{key} {recipe[key]:g}": recipe[key] for key in ("clip", "mixup", "cutmix")} | {
+    numbers = ("clip", "mixup", "cutmix")
+    extras = {f"{key} {recipe[key]:g}": recipe[key] for key in numbers if recipe[key] != "agc"} | {
+        f"adaptive gradient clipping {recipe.clip_factor:g}": recipe.clip == "agc",
         "adamw": recipe.optimizer == "adamw",
         f"evaluated is the weights' moving average ({recipe.ema:g})": recipe.ema,
         "channels last in memory": channels_last(model),

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from norms import Scheme
 from training import distributed, optimizer
 from training.compile import EAGER, Choice, compiled, first_line
 from training.graph import CUDAGraphStep
@@ -34,8 +35,11 @@ class Step:
         recipe: Any,
         choice: Choice = EAGER,
         graph: bool = False,
+        scheme: Scheme | None = None,
     ):
         self.model, self.plan, self.recipe = model, plan, recipe
+        self.after_step = scheme.after_step if scheme else None
+        self.second_pass = scheme.second_pass if scheme else None
         self.network = compiled(model, choice.mode)
         self.parallel: Any = None
         self.choice = choice
@@ -45,8 +49,9 @@ class Step:
             self.device.type, half, enabled=recipe.precision != "float32"
         )
         self.optimizer = optimizer.build(model, recipe, plan.lr)
-        # On a GPU the learning rate lies there, where a recorded step finds it.
-        self.lr = torch.tensor(plan.lr, device=self.device) if self.device.type == "cuda" else None
+        self.clipped = optimizer.all_but_the_head(model) if recipe.clip == "agc" else []
+        # On a GPU learning rates lie there, where a recorded step finds them.
+        self.lr = [torch.tensor(plan.lr, device=self.device) for _ in self.optimizer.param_groups]
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=recipe.precision == "float16")
         self.average: Any = None
         if recipe.ema:
@@ -64,10 +69,9 @@ class Step:
 
     def __call__(self, images: Tensor, labels: Tensor, lr: float) -> tuple[Tensor, Tensor]:
         self.warm_up(images, labels)
-        if self.lr is not None:
-            self.lr.fill_(lr)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr if self.lr is None else self.lr
+        for group, on_device in zip(self.optimizer.param_groups, self.lr, strict=True):
+            own = lr / group.get("lr_divisor", 1.0)
+            group["lr"] = on_device.fill_(own) if self.device.type == "cuda" else own
         return (self.graph_step or self.compute)(images, labels)
 
     def warm_up(self, images: Tensor, labels: Tensor) -> None:
@@ -128,13 +132,24 @@ class Step:
                 self.scaler.scale(part).backward()
             loss += part.detach()
             correct += (logits.argmax(1) == (y if y.ndim == 1 else y.argmax(1))).sum()
-        if self.recipe.clip:
+        if self.clipped:
+            from timm.utils import adaptive_clip_grad  # two seconds
+
+            self.scaler.unscale_(self.optimizer)
+            adaptive_clip_grad(self.clipped, self.recipe.clip_factor)
+        elif self.recipe.clip:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip)
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        if self.after_step:
+            self.after_step(self.model)
         if self.average:
             self.average.update(self.model)
+        if self.second_pass:
+            with torch.no_grad(), self.second_pass(self.model), self.autocast:
+                for x in images.split(self.plan.micro_batch):
+                    self.network(x)
         return loss, correct
 
     def state_dict(self) -> dict[str, Any]:
