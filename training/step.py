@@ -83,7 +83,10 @@ class Step:
         state = {name: value.clone() for name, value in self.model.state_dict().items()}
         several = distributed.world_size() > 1
         x, y = images[: self.plan.micro_batch], labels[: self.plan.micro_batch]
-        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices), warnings.catch_warnings():
+            # DDP's, of one input channel, with which both memory formats are the same.
+            warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
             if self.choice.mode != "false":
                 self.compile(x, y)
             elif several:
