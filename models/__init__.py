@@ -103,8 +103,6 @@ def build(
         make: Callable[..., ResNet] = partial(ResNet, block=order, **NETWORKS[name])
         zeros = scheme.zero_init if zero_init == "auto" else bool(zero_init)
         model = make(scheme, num_classes, in_channels, zero_init=zeros)
-        if scheme.check:
-            scheme.check(model)
     if weights is None:
         return model
     state = pretrained.resolve(weights, library, name, in_channels)

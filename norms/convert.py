@@ -85,8 +85,8 @@ class Conversion:
         for name, new in self.swapped.items():
             replace_module(root, f"host.{name}".rstrip("."), new)
         try:
-            if self.scheme.check:
-                self.scheme.check(root["host"])
+            if self.scheme.finish:
+                self.scheme.finish(root["host"])
         except ValueError:
             for name in self.swapped:
                 replace_module(root, f"host.{name}".rstrip("."), self.layers[name])
@@ -98,7 +98,7 @@ def _activate(module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor
     return module.act(module.drop(output))
 
 
-def _reuse_parameters(new: nn.Module, old: nn.Module) -> None:
+def reuse_parameters(new: nn.Module, old: nn.Module) -> None:
     """Give `new` the parameters of `old` that it has in the same shape, the objects themselves,
     except those that the scheme fixes (BRN's gain)."""
     for name, own in new._parameters.items():
@@ -107,7 +107,7 @@ def _reuse_parameters(new: nn.Module, old: nn.Module) -> None:
             new._parameters[name] = given
 
 
-def _copy_attributes(new: nn.Module, old: nn.Module) -> None:
+def copy_attributes(new: nn.Module, old: nn.Module) -> None:
     """Device, type, mode, hooks; whether everything is frozen."""
     for name in HOOKS:
         value = getattr(old, name, None)
@@ -146,11 +146,11 @@ def _new_norm(old: Any, scheme: Scheme, at_boundary: bool, dim: int) -> nn.Modul
                 if isinstance(layer, nn.GroupNorm):
                     layer.affine = False
     inside = new.bn if isinstance(new, BatchChannelNorm2d) else new
-    _reuse_parameters(inside, old)
+    reuse_parameters(inside, old)
     if isinstance(inside, BatchStatisticsNorm | nn.SyncBatchNorm):
         inside.dim = dim
         _copy_statistics(inside, old)
-    _copy_attributes(new, old)
+    copy_attributes(new, old)
     if hasattr(old, "act"):
         new.add_module("drop", getattr(old, "drop", nn.Identity()))
         new.add_module("act", act)
@@ -215,8 +215,8 @@ def _new_conv(old: Any, scheme: Scheme) -> nn.Module | None:
     ).to(old.weight.device, old.weight.dtype)
     if old.bias is not None and new.bias is None:
         new.bias = old.bias
-    _reuse_parameters(new, old)
-    _copy_attributes(new, old)
+    reuse_parameters(new, old)
+    copy_attributes(new, old)
     return new
 
 

@@ -85,5 +85,5 @@ def scheme(
         norm=partial(norm, apply_act=False),
         norm_act=norm,
         batch_independent=True,
-        check=partial(_check, fit=check_groups(groups, min_channels)),
+        finish=partial(_check, fit=check_groups(groups, min_channels)),
     )

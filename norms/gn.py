@@ -112,5 +112,5 @@ def scheme(
         norm=norm,
         zero_init=True,
         batch_independent=True,
-        check=check,
+        finish=check,
     )

@@ -38,6 +38,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import moments as m
+from .backward import check_float16, move_state, state_before, vmap_error
 from .layer import BatchStatisticsNorm
 from .scheme import Scheme, conv, frozen_batch_norm
 from .standardized import StandardizedConv
@@ -76,34 +77,6 @@ def window_means(window: Tensor, new: Tensor, use_batch: Tensor) -> tuple[Tensor
     return torch.where(use_batch, new, means), values[-size:]
 
 
-NO_VMAP = (
-    "MABN2d: in training its statistics and gradients move from batch to batch, which torch.vmap "
-    "cannot follow; expected evaluation mode"
-)
-
-
-BATCHED = (torch._C._functorch.is_batchedtensor, torch._C._functorch.is_legacy_batchedtensor)
-
-
-class _NoDerivative(torch.autograd.Function):
-    """Its first argument, which depends on the others; asked for the derivative, an error."""
-
-    @staticmethod
-    def forward(dx: Tensor, *on: Tensor) -> Tensor:
-        return dx.clone()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        raise RuntimeError(
-            "MABN2d: its backward pass is not the derivative of a function, so there is no second "
-            "derivative through it in training; norm=bcn and norm=gn have one"
-        )
-
-
 class _MABN(torch.autograd.Function):
     """y = weight * gain * x + bias, and MABN's gradient, for all groups of a batch at once.
 
@@ -120,29 +93,21 @@ class _MABN(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
-        x, weight, _, gain, inverse, use_batch, ctx.window, ctx.frozen = inputs
+        x, weight, _, gain, inverse, use_batch, *ctx.state, ctx.frozen = inputs
         ctx.save_for_backward(x, weight, gain, inverse, use_batch)
         ctx.before = None
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
-        if not torch.compiler.is_compiling() and any(is_(dy) for is_ in BATCHED):
-            raise RuntimeError(NO_VMAP)
         x, weight, gain, inverse, use_batch = ctx.saved_tensors
-        if ctx.before is None:
-            ctx.before = ctx.window.clone()
-        gradients, psi = gradients_of(dy, x, weight, gain, inverse, use_batch, ctx.before)
-        if not ctx.frozen:
-            # Unmoved by what is infinite or NaN.
-            ctx.window.copy_(torch.where((psi * 0).sum() == 0, psi, ctx.window))
-            ctx.frozen = True  # another pass over this graph finds what this one found
-        if torch.is_grad_enabled():
-            gradients = [_NoDerivative.apply(g, dy, x, weight) for g in gradients]
+        (window,) = state_before(ctx, "MABN2d", dy)
+        gradients, psi = gradients_of(dy, x, weight, gain, inverse, use_batch, window)
+        gradients = move_state(ctx, "MABN2d", gradients, [psi], (dy, x, weight))
         return *gradients, None, None, None, None, None
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
-        raise RuntimeError(NO_VMAP)
+        raise vmap_error("MABN2d")
 
 
 def gradients_of(
@@ -218,11 +183,7 @@ class MABN2d(BatchStatisticsNorm):
         if not self.training or x.shape[0] == 0:
             state = (self.running_mean, self.running_square, self.weight, self.bias)
             return F.batch_norm(x, *state, training=False, eps=self.eps)
-        if x.dtype == torch.float16 and torch.is_grad_enabled():
-            raise ValueError(
-                "MABN2d: averages gradients over batches, and float16 needs a loss scale that "
-                "changes between them; expected float32 or bfloat16"
-            )
+        check_float16("MABN2d", x)
         groups = m.count_groups(x, self.batch_size)
         square = m.sum_groups(m.mean_square(x.detach()), groups) * (groups / x.shape[0])
         gain, inverse, use_batch = self.once(self.update, square)

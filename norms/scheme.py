@@ -1,6 +1,7 @@
 """What a network asks of a normalization method, and the initialization that they share."""
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -27,7 +28,7 @@ class Scheme:
     boundary_norm: Callable[[int], nn.Module] | None = None
     """The norm after the stem and after the last stage, where a method normalizes only there."""
     block: str = "post"
-    """The order in a residual block that the method's paper uses: `post`, `pws` or `pws_tf`."""
+    """The order in a residual block that the method's paper uses: see `models/resnet.py`."""
     zero_init: bool = False
     """Whether the paper starts the last norm of every residual branch at zero."""
     batch_independent: bool = False
@@ -41,8 +42,14 @@ class Scheme:
     their statistics per channel; group norm loses as much."""
     initialize: Callable[[nn.Module, Tensor], None] | None = None
     """A data-dependent start: called once with training images, before the first step."""
-    check: Callable[[nn.Module], None] | None = None
-    """Raises `ValueError` if the options make no sense for the finished network."""
+    after_step: Callable[[nn.Module], None] | None = None
+    """Called with the network after every optimizer step."""
+    second_pass: Callable[[nn.Module], AbstractContextManager[None]] | None = None
+    """If given, after every optimizer step the same images pass forward again, without gradients,
+    within this context."""
+    finish: Callable[[nn.Module], None] | None = None
+    """Sees the finished network, to link or replace layers; raises `ValueError`, before it changes
+    anything, if the options make no sense for it."""
 
 
 CONV: dict[int, type[nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}

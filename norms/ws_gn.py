@@ -94,5 +94,5 @@ def scheme(
         conv=ws_conv(eps=ws_eps, unbiased=unbiased, eps_inside=eps_inside),
         norm=norm,
         batch_independent=True,
-        check=check,
+        finish=check,
     )

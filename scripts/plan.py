@@ -67,13 +67,13 @@ def show(made: list[Row], gpus: list[int], limit: float, where: str, console: Co
         )
     for row in made:
         if row.memory > limit:
-            smaller = f"protocol.forward={row.plan.batch} needs less"
+            smaller = f"protocol.micro_batch={row.plan.batch} needs less"
             console.print(
                 f"warning: {row.scheme} at batch {row.plan.batch} needs about "
                 f"{size(row.memory)} and the device has {size(limit)}; "
                 + (
                     smaller
-                    if row.plan.forward > row.plan.batch
+                    if row.plan.micro_batch > row.plan.batch
                     else "only a smaller model needs less"
                 )
             )
@@ -109,7 +109,7 @@ def main() -> None:
             parser.error(f"--{option} {value:g}: expected a number above 0")
     try:
         found = cells(jobs(args.overrides), checked=True)
-        where = devices.find(found[0].cfg.device)
+        where = devices.resolve(found[0].cfg.device)
         here = torch.cuda.mem_get_info(where)[1] if where.type == "cuda" else physical_memory()
         limit = args.memory * GIB if args.memory else here
         made = rows(found, args.speed, where, limit)

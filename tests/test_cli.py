@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from PIL import Image
 
 import data
@@ -104,11 +105,8 @@ def test_another_configuration_is_refused_and_overwritten_on_request(train):
 
 
 def test_a_locked_folder_is_refused(train):
-    import fcntl
-
     folder = train().run()
-    with open(folder / ".lock") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with FileLock(folder / ".lock"):
         refused = train("overwrite=true")
     assert one_line(refused.err, "another process is training this run")
     assert (folder / "result.json").exists()
@@ -270,7 +268,7 @@ def test_ghost_and_accumulate_end_alike(train, norm, monkeypatch):
     )
     ends = []
     for protocol, images in (("ghost", 16), ("ghost", 8), ("accumulate", 4)):
-        keys = [f"protocol.forward={images}", "protocol.sgd_batch=16", "batch=4"]
+        keys = [f"protocol.micro_batch={images}", "protocol.sgd_batch=16", "batch=4"]
         done = train(
             *(f"norm={norm}", f"protocol={protocol}", "recipe.updates=6"), *keys, f"study=f{images}"
         )
@@ -449,9 +447,9 @@ MISTAKES = [
     (["protocol=ghost", "batch=3"], 1, ["protocol.sgd_batch=128: expected a multiple of batch=3"]),
     (["protocol=accumulate", "batch=256"], 1, ["protocol.sgd_batch=128: expected a multiple of"]),
     (
-        ["protocol=ghost", "batch=4", "protocol.forward=6"],
+        ["protocol=ghost", "batch=4", "protocol.micro_batch=6"],
         1,
-        ["protocol.forward=6: expected a multiple of batch=4 that divides the 128 images"],
+        ["protocol.micro_batch=6: expected a multiple of batch=4 that divides the 128 images"],
     ),
     (["batch=2000"], 1, ["protocol.sgd_batch=2000", "larger than the data set"]),
     (["device=cuda:9"], 1, ["device=cuda:9:", "expected auto, cpu"]),

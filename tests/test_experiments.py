@@ -137,7 +137,7 @@ def test_the_numbers_of_every_cell_are_the_papers(preset):
         plan, recipe = protocol.plan(cfg), cfg.recipe
         assert type(plan.sgd_batch) is int
         assert plan.sgd_batch == sgd_batch, words
-        assert plan.forward == sgd_batch, words
+        assert plan.micro_batch == sgd_batch, words
         assert plan.lr == pytest.approx(lr), words
         assert plan.batch == said.get("batch", cfg.batch), words
         assert (cfg.model.name, cfg.data.name) == (said["model"], said["data"])

@@ -22,23 +22,13 @@ OUTSIDE = (
 )
 OUTSIDE_GROUPS = ("runtime.", "checkpoint.", "probe.")
 
-# Keys that came later, and what happened before them: a run without them is a run with these.
-LATER: dict[str, Any] = {
-    "recipe.optimizer": "sgd",
-    "recipe.betas": [0.9, 0.999],
-    "recipe.clip": 0.0,
-    "recipe.ema": 0.0,
-    "recipe.mixup": 0.0,
-    "recipe.cutmix": 0.0,
-}
-
 # Whole numbers, and the least that is allowed. The most is LARGEST, or stands in MOST.
 COUNTS = {
     "batch": 1,
     "devices": 1,
     "seed": 0,
     "protocol.sgd_batch": 1,
-    "protocol.forward": 1,
+    "protocol.micro_batch": 1,
     "data.size": 1,
     "data.resize": 1,
     "data.workers": 0,
@@ -48,6 +38,9 @@ COUNTS = {
     "data.test_images": 1,
     "norm.moving_average_batch_size": 1,
     "norm.warmup": 0,
+    "norm.window": 1,
+    "norm.size": 1,
+    "norm.burn_in": 0,
     "norm.start": 0,
     "norm.r_until": 0,
     "norm.d_until": 0,
@@ -83,10 +76,16 @@ NUMBERS = {
     "recipe.lighting": (0.0, 1e300, " from 0"),
     "checkpoint.every_minutes": (0.0, 1e300, " from 0"),
     "recipe.clip": (0.0, 1e300, " from 0"),
+    "recipe.clip_factor": (1e-300, 1e300, " above 0"),
+    "norm.lr_divisor": (1e-300, 1e300, " above 0"),
     "recipe.ema": (0.0, 1 - 1e-9, " from 0, below 1"),
     "recipe.mixup": (0.0, 1e300, " from 0"),
     "recipe.cutmix": (0.0, 1e300, " from 0"),
     "norm.momentum": PART,
+    "norm.eta": PART,
+    "norm.alpha": PART,
+    "norm.alpha_forward": PART,
+    "norm.alpha_backward": PART,
     "norm.rate": PART,
     "norm.eps": (0.0, 1e300, " from 0"),
     "norm.ws_eps": (0.0, 1e300, " from 0"),
@@ -104,6 +103,9 @@ CHOICES: dict[str, tuple[str, ...]] = {  # beside a number, where the key is abo
     "recipe.schedule": ("step", "cosine", "linear"),
     "probe.name": ("none", "batch_statistics", "gradient_shift"),
     "recipe.precision": ("float32", "bfloat16", "float16"),
+    "norm.compensation": ("layer_scaling", "clamp", "none"),
+    "norm.position": ("P1", "P2", "P3"),
+    "recipe.clip": ("agc",),
     "runtime.progress": ("auto", "bar", "lines", "none"),
     "runtime.channels_last": ("auto", "true", "false"),
     "runtime.graph": ("auto", "true", "false"),
@@ -119,11 +121,14 @@ def times(factor: Any, number: Any) -> Any:
 
 
 OmegaConf.register_new_resolver("times", times, replace=True)
-OmegaConf.register_new_resolver("processes", distributed.size, replace=True)
+OmegaConf.register_new_resolver("processes", distributed.world_size, replace=True)
 
 
 MOVED = "moved_to"  # in a folder without a run: the name of the run of this configuration
-RENAMED = {"data.complete": "data.verify_counts"}  # keys of stored runs that have another name now
+RENAMED = {  # keys of stored runs that have another name now
+    "data.complete": "data.verify_counts",
+    "protocol.forward": "protocol.micro_batch",
+}
 
 
 def read_config(file: Path, *keys: str) -> dict[str, Any]:
@@ -154,10 +159,10 @@ def flatten(config: Any, resolve: bool = False) -> dict[str, Any]:
 def identity(config: Any) -> dict[str, Any]:
     """The keys that can change a result. Paths do not, but the name of a folder of images stands
     for the data set, whose files `training/dataset.py` compares."""
-    flat = LATER | flatten(config)
+    flat = flatten(config)
     keys = {k: v for k, v in flat.items() if k not in OUTSIDE and not k.startswith(OUTSIDE_GROUPS)}
     devices = keys.pop("devices", 1)
-    keys["devices"] = devices if isinstance(devices, int) else distributed.size()
+    keys["devices"] = devices if isinstance(devices, int) else distributed.world_size()
     if keys["devices"] == 1:  # as before there was such a key
         del keys["devices"]
         keys.pop("protocol.running_statistics", None)
@@ -270,6 +275,15 @@ def check_precision(cfg: DictConfig, loss_scaling: bool) -> None:
         )
 
 
+def check_probe(cfg: DictConfig, second_pass: bool) -> None:
+    """Raise `ValueError` where a probe would see the images of an update twice."""
+    if second_pass and cfg.probe.name != "none":
+        raise ValueError(
+            f"probe={cfg.probe.name}: looks at every forward pass, and norm={cfg.norm.name} passes "
+            f"each batch twice; expected probe=none"
+        )
+
+
 def shown(value: Any) -> str:
     """As it is typed: in quotes what would be no text without them."""
     typed = {None: "null", True: "true", False: "false"}
@@ -326,7 +340,8 @@ def check(cfg: DictConfig) -> None:
             right, expected = isinstance(value, bool), "true or false"
         elif key in NUMBERS or isinstance(default, int | float):
             low, high, bounds = NUMBERS.get(key, (-1e300, 1e300, ""))
-            right, expected = number and low <= value <= high, f"a number{bounds}"
+            right = (number and low <= value <= high) or value in allowed
+            expected = ", ".join([f"a number{bounds}", *allowed])
         else:
             one = value is not None and isinstance(value, list) == isinstance(default, list)
             right = one and (not allowed or shown(value) in allowed)

@@ -57,7 +57,7 @@ def shape_of_data(cfg: DictConfig, plan: protocol.Plan) -> tuple[int, int, int, 
     """Classes, channels, pixels of a side and training images, before any part is left out."""
     if cfg.data.name == "imagenet" and cfg.data.root is None:  # it need not be here yet
         return CLASSES, 3, cfg.data.size, TRAIN
-    source = data.find(cfg.data, plan.sgd_batch, cfg.recipe)
+    source = data.resolve(cfg.data, plan.sgd_batch, cfg.recipe)
     return source.num_classes, source.channels, source.size, source.train_images
 
 
@@ -87,10 +87,10 @@ def memory(model: torch.nn.Module, shape: tuple[int, ...], half: bool) -> int:
 def measure(row: Row, shape: tuple[int, ...], classes: int, where: torch.device) -> float:
     """Seconds of an update, of which on a CPU only a part may be computed."""
     cfg, plan = row.cfg, row.plan
-    images = plan.forward
+    images = plan.micro_batch
     if where.type == "cpu":  # enough to be in proportion
         enough = 64 if shape[-1] <= 64 else 8
-        images = min(plan.forward, plan.batch * math.ceil(enough / plan.batch))
+        images = min(plan.micro_batch, plan.batch * math.ceil(enough / plan.batch))
     with torch.device(where):
         _, model = network(cfg, plan, classes, shape[1])
         model.train()
@@ -122,7 +122,7 @@ def rows(found: list[Cell], speed: float | None, where: torch.device, limit: flo
         if key not in made:
             plan = protocol.plan(cell.cfg)
             classes, channels, size, images = shape_of_data(cell.cfg, plan)
-            shape = (plan.forward, channels, size, size)
+            shape = (plan.micro_batch, channels, size, size)
             with torch.device("meta"):
                 scheme, model = network(cell.cfg, plan, classes, channels)
             needs = memory(model, shape, cell.cfg.recipe.precision != "float32")

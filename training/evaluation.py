@@ -18,7 +18,6 @@ from training import device as devices
 from training.config import check
 from training.loop import evaluate
 from training.messages import MISTAKES
-from training.progress import say
 from training.restore import configuration, outcome, trained
 from training.study import composed, composing
 
@@ -57,11 +56,12 @@ class Images:
         elif cfg.data.name not in ("imagenet", "folder"):  # which have images of all sizes
             recipe = OmegaConf.merge(recipe, {"crop": 0, "pixels": "standardized"})
         self.cfg, self.recipe = cfg, recipe
-        self.source = data.find(cfg.data, 1, recipe)
+        self.source = data.resolve(cfg.data, 1, recipe)
 
     def load(self, where: torch.device, debug: Any = None) -> Any:
-        keys = dict(say=say, debug=debug)
-        return data.load(self.source, self.cfg.data, self.recipe, 1, self.cfg.seed, where, **keys)
+        return data.load(
+            self.source, self.cfg.data, self.recipe, 1, self.cfg.seed, where, debug=debug
+        )
 
 
 def normalize_as(loader: Any, pixels: dict[str, Any]) -> bool:
@@ -80,7 +80,7 @@ def measure(run: Path, overrides: list[str], folded: bool, averaged: bool) -> di
     composing raises."""
     own = configuration(run)
     cfg = configured(own, overrides)
-    where = devices.find(cfg.device)
+    where = devices.resolve(cfg.device)
     result = outcome(run) if (run / "result.json").exists() else None
     images = home = Images(cfg)
     same = cfg.data == OmegaConf.merge(cfg.data, own.data)
@@ -100,7 +100,7 @@ def measure(run: Path, overrides: list[str], folded: bool, averaged: bool) -> di
     model, scheme, state = trained(run, cfg, classes, channels, averaged)
     if folded:
         model = norms.fold(model)
-    devices.prepare(where, cfg.runtime.threads, None, state, say)
+    devices.prepare(where, cfg.runtime.threads, None, state)
     debug = own.get("debug")  # a run that looked at some images only
     loader = images.load(where, debug if same else None)
     pixels = result["pixels"] if result else None

@@ -11,12 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from norms import Scheme
 from training import distributed, graph
 from training.checkpoints import Checkpoints
 from training.compile import EAGER, Choice
 from training.optimizer import learning_rate
 from training.probes import Probe, Sums
-from training.progress import Board
+from training.progress import ProgressBar
 from training.protocol import Plan
 from training.run import Run
 from training.step import Step
@@ -65,12 +66,12 @@ class Meter:
         self.pending.append((loss, correct))
         self.now.update += 1
 
-    def look(self) -> float:
+    def flush(self) -> float:
         """Fetch what is pending, for which the device must have finished; returns the last loss."""
         now = self.now
         pending = torch.stack([torch.stack(x) for x in zip(*self.pending, strict=True)])
-        losses, corrects = distributed.total(pending).tolist()
-        losses = [loss / distributed.size() for loss in losses]
+        losses, corrects = distributed.all_reduce(pending).tolist()
+        losses = [loss / distributed.world_size() for loss in losses]
         for update, loss in enumerate(losses, now.update - len(losses) + 1):
             if not math.isfinite(loss) and not now.diverged:
                 now.diverged_at = update
@@ -100,6 +101,7 @@ def train(
     state: Any,
     probe: Probe | None = None,
     choice: Choice = EAGER,
+    scheme: Scheme | None = None,
 ) -> Progress:
     """Train until the last update, or until the loss is no longer finite.
 
@@ -111,7 +113,7 @@ def train(
     updates = recipe.updates or recipe.epochs * per_epoch
     epochs = math.ceil(updates / per_epoch)
     device = next(model.parameters()).device
-    step = Step(model, plan, recipe, choice, graph.wanted(cfg, device), run.say)
+    step = Step(model, plan, recipe, choice, graph.enabled(cfg, device), scheme)
     now = Progress()
     if state:
         step.load_state_dict(state)
@@ -123,11 +125,11 @@ def train(
 
     def save() -> None:
         if meter.pending:
-            meter.look()
+            meter.flush()
         run.save(step.state_dict() | {"progress": asdict(now)})
 
     checkpoints = Checkpoints(cfg.checkpoint.every_updates, cfg.checkpoint.every_minutes, save)
-    with checkpoints, Board(runtime.progress, updates, now.update) as board:
+    with checkpoints, ProgressBar(runtime.progress, updates, now.update) as bar:
         while len(now.rows) < epochs and not now.diverged:
             epoch = len(now.rows)
             first = now.update - epoch * per_epoch
@@ -136,7 +138,7 @@ def train(
             batches = checkpoints.interruptible(loader.train(epoch, first) if first < last else ())
             for seen, (images, labels) in enumerate(batches, first + 1):
                 lr = learning_rate(now.update, updates, plan.lr, recipe)
-                step.try_compiler(images, labels)  # ahead of a probe, which is not to see it
+                step.warm_up(images, labels)  # ahead of a probe, which is not to see it
                 with probe.watch(now.update) if probe else nullcontext():
                     done = step(images, labels, lr)
                 meter.add(*done)
@@ -144,11 +146,11 @@ def train(
                 pause = seen % runtime.log_every == 0 or seen == last
                 due = checkpoints.due(now.update, pause)
                 if pause or due:
-                    loss = meter.look()
+                    loss = meter.flush()
                     if pause:
                         tensorboard.loss(now.update, loss)
-                    board.update(epoch + 1, now, seen, plan.sgd_batch)
-                    run.tell(now.update, updates, now.wall_seconds)
+                    bar.update(epoch + 1, now, seen, plan.sgd_batch)
+                    run.write_progress(now.update, updates, now.wall_seconds)
                 if now.diverged or seen == last:
                     break
                 if due:
@@ -168,9 +170,9 @@ def train(
             }
             if (epoch + 1) % recipe.eval_every == 0 or now.update == updates:
                 rule = cfg.protocol.running_statistics
-                with step.autocast, distributed.evaluated(step.evaluated, rule):
+                with step.autocast, distributed.evaluation_buffers(step.eval_model, rule):
                     batches = checkpoints.interruptible(loader.test(runtime.eval_batch))
-                    row |= evaluate(step.evaluated, batches)
+                    row |= evaluate(step.eval_model, batches)
                 if not math.isfinite(row["test_loss"]):
                     now.diverged_at = now.update
                     break
@@ -181,10 +183,10 @@ def train(
             run.write_metrics(now.rows)
             tensorboard.epoch(row)
             save()
-            board.epoch(row, epochs)
+            bar.epoch(row, epochs)
             checkpoints.written()
     now.compiled = step.choice
-    now.graph = bool(step.recorded and step.recorded.replay)
+    now.graph = bool(step.graph_step and step.graph_step.replay)
     if now.diverged:
         now.update = now.diverged_at or 0  # however late somebody looked
         save()
@@ -204,7 +206,7 @@ def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> dict
         sums += torch.stack(
             [loss, hits[:, 0].sum(), hits.sum(), torch.ones_like(loss) * len(labels)]
         )
-    loss, top1, top5, count = distributed.total(sums).tolist()
+    loss, top1, top5, count = distributed.all_reduce(sums).tolist()
     return {
         "test_loss": loss / count,
         "test_top1": 100 * (top1 / count),

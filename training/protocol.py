@@ -14,13 +14,13 @@ class Plan:
     sgd_batch: int
     """Images per optimizer step, over all devices."""
     devices: int
-    forward: int
+    micro_batch: int
     """Images per forward pass on one device."""
     lr: float
     """Learning rate after scaling to the SGD batch."""
 
     @property
-    def share(self) -> int:
+    def per_device_batch(self) -> int:
         """Images per optimizer step on one device."""
         return self.sgd_batch // self.devices
 
@@ -34,24 +34,24 @@ def plan(cfg: DictConfig) -> Plan:
             f"step; expected null, or protocol=ghost or accumulate"
         )
     sgd_batch = cfg.protocol.sgd_batch or batch * devices
-    forward = cfg.protocol.forward
+    micro_batch = cfg.protocol.micro_batch
     if sgd_batch % (batch * devices):
         raise ValueError(
             f"protocol.sgd_batch={sgd_batch}: expected a multiple of batch={batch}"
             + (f" times {devices} devices" if devices > 1 else "")
         )
-    share = sgd_batch // devices
-    if forward == cfg.protocol.sgd_batch:
-        forward = share
-    if forward % batch or share % forward:
+    per_device = sgd_batch // devices
+    if micro_batch == cfg.protocol.sgd_batch:
+        micro_batch = per_device
+    if micro_batch % batch or per_device % micro_batch:
         raise ValueError(
-            f"protocol.forward={forward}: expected a multiple of batch={batch} that divides the "
-            f"{share} images of an optimizer step on one device"
+            f"protocol.micro_batch={micro_batch}: expected a multiple of batch={batch} that "
+            f"divides the {per_device} images of an optimizer step on one device"
         )
     for key in ("mixup", "cutmix"):
-        if recipe.get(key) and share % 2:
+        if recipe.get(key) and per_device % 2:
             raise ValueError(
                 f"recipe.{key}={recipe[key]}: mixes the images of an optimizer step on one device "
-                f"in pairs, and there are {share}; expected an even number"
+                f"in pairs, and there are {per_device}; expected an even number"
             )
-    return Plan(batch, sgd_batch, devices, forward, recipe.lr * sgd_batch / recipe.lr_batch)
+    return Plan(batch, sgd_batch, devices, micro_batch, recipe.lr * sgd_batch / recipe.lr_batch)

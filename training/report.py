@@ -46,8 +46,12 @@ def describe(
 ) -> str:
     """The numbers that follow from the configuration, in a few lines."""
     recipe, per_epoch = cfg.recipe, len(loader)
-    groups, passes = plan.forward // plan.batch, plan.share // plan.forward
-    how = f"{passes} forward passes of {plan.forward} images" if passes > 1 else "one forward pass"
+    groups, passes = plan.micro_batch // plan.batch, plan.per_device_batch // plan.micro_batch
+    how = (
+        f"{passes} forward passes of {plan.micro_batch} images"
+        if passes > 1
+        else "one forward pass"
+    )
     if groups > 1:
         how += f", {groups} groups of {plan.batch} in each"
     if plan.devices > 1:
@@ -57,12 +61,14 @@ def describe(
     else:
         length = f"{some(recipe.epochs, 'epoch')} of {some(per_epoch, 'update')}"
     left = f", leaving out {some(loader.dropped, 'image')}" if loader.dropped else ""
-    why = graph.obstacle(cfg, device)
-    extras = {f"{key} {recipe[key]:g}": recipe[key] for key in ("clip", "mixup", "cutmix")} | {
+    why = graph.unsupported_reason(cfg, device)
+    numbers = ("clip", "mixup", "cutmix")
+    extras = {f"{key} {recipe[key]:g}": recipe[key] for key in numbers if recipe[key] != "agc"} | {
+        f"adaptive gradient clipping {recipe.clip_factor:g}": recipe.clip == "agc",
         "adamw": recipe.optimizer == "adamw",
         f"evaluated is the weights' moving average ({recipe.ema:g})": recipe.ema,
         "channels last in memory": channels_last(model),
-        "the step recorded as a CUDA graph": graph.wanted(cfg, device),
+        "the step recorded as a CUDA graph": graph.enabled(cfg, device),
         f"no CUDA graph, {why}": why and device.type == "cuda" and cfg.runtime.graph is not False,
         f"compiled ({choice.mode}): {choice.reason}": choice.mode != "false",
         f"not compiled: {choice.reason}": choice.mode == "false",
@@ -145,7 +151,7 @@ def result(
         "study": cfg.study,
         **hyperparameters(cfg, plan),
         "debug": cfg.debug.name if cfg.get("debug") else None,
-        "micro_batch": plan.forward,
+        "micro_batch": plan.micro_batch,
         "devices": plan.devices,
         "ema": cfg.recipe.ema,
         "epochs": now.update / len(loader),

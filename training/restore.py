@@ -18,7 +18,7 @@ from training.files import read_result
 def network(cfg: DictConfig, plan: protocol.Plan, classes: int, channels: int) -> Any:
     """The scheme and the untrained network of a run, on the device of the context."""
     options = {k: v for k, v in cfg.norm.items() if k != "name"}
-    sizes = dict(batch_size=plan.batch, sgd_batch_size=plan.share)
+    sizes = dict(batch_size=plan.batch, sgd_batch_size=plan.per_device_batch)
     scheme = norms.build(cfg.norm.name, **sizes, **options)
     keys = {**cfg.model, "weights": None}
     return scheme, models.build(**keys, scheme=scheme, num_classes=classes, in_channels=channels)

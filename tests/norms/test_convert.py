@@ -53,7 +53,7 @@ def test_architectures(name, library, network):
     assert any(isinstance(m, nn.Linear) and m.out_features == 7 for m in model.modules())
 
 
-@pytest.mark.parametrize("name", sorted(set(norms.names()) - {"in", "sync_bn"}))
+@pytest.mark.parametrize("name", sorted(set(norms.names()) - {"in", "nf", "sync_bn", "xbn"}))
 def test_every_scheme_goes_into_norm_activation_layers(name):
     options = {"min_channels": 1} if name in ("gn", "ws_gn", "bcn", "evonorm_s0") else {}
     scheme = norms.build(name, batch_size=2, **options)
@@ -275,8 +275,9 @@ def scheme(name, batch_size=2, **options):
     return norms.build(name, batch_size=batch_size, **options)
 
 
-EVERY = sorted(set(norms.names()) - {"evonorm_b0", "evonorm_s0"})  # which need an activation
-OWN_CONV = ["bcn", "mabn", "pws", "ws_bn", "ws_gn"]
+BLOCKS = {"mimicnorm", "nf", "xbn"}  # which need blocks or a classifier
+EVERY = sorted(set(norms.names()) - {"evonorm_b0", "evonorm_s0"} - BLOCKS)  # need an activation
+OWN_CONV = ["bcn", "cbn", "mabn", "pws", "ws_bn", "ws_gn"]
 
 
 @pytest.mark.parametrize("dim", [1, 2, 3])
@@ -342,7 +343,7 @@ def test_a_computed_weight_is_kept_or_refused(name, kind):
     for _ in range(2):  # spectral norm iterates in training
         host(torch.randn(4, 3, 7, 7))
     weight, layer, keys = host.eval()[0].weight.detach().clone(), host[0], list(host.state_dict())
-    if name in ("mabn", "pws"):
+    if name in ("cbn", "mabn", "pws"):
         with pytest.raises(
             ValueError, match=r"\(0: its weight is computed .*: remove that first\)"
         ):
@@ -529,7 +530,7 @@ class Activated(nn.Sequential):
         )  # fmt: skip
 
 
-@pytest.mark.parametrize("name", norms.names())
+@pytest.mark.parametrize("name", sorted(set(norms.names()) - BLOCKS))
 def test_timms_activations_are_applied_once(name):
     """In the network, in its graph, folded, and in a feature extractor."""
     network = norms.convert(Activated(), scheme(name))

@@ -76,7 +76,7 @@ def test_the_run_own_test_images_give_its_result(train, call, tmp_path, norm):
     model, _, _ = restore.load(run)  # and class by class, from the pixels
     pixels = result["pixels"]
     cfg = OmegaConf.load(run / ".hydra" / "config.yaml")
-    _, test = data.read(data.find(cfg.data, 8, cfg.recipe), cfg.data)
+    _, test = data.read(data.resolve(cfg.data, 8, cfg.recipe), cfg.data)
     with torch.no_grad():
         answers = model((test.images / 255 - pixels["mean"][0]) / pixels["std"][0]).argmax(1)
     for i, row in enumerate(found["classes"]):

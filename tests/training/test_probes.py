@@ -116,7 +116,7 @@ def test_through_the_command_line(train, tmp_path, probe):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     keys = ["norm=bn", "batch=2", "protocol=ghost", "recipe.epochs=2"]
-    keys += ["protocol.sgd_batch=16", "protocol.forward=8"]
+    keys += ["protocol.sgd_batch=16", "protocol.micro_batch=8"]
     plain = train(*keys, runs=tmp_path / "plain")
     watched = train(*keys, f"probe={probe}")
     assert watched.status == 0, watched.err
