@@ -37,6 +37,7 @@ def main(cfg: DictConfig) -> float | None:
         debug,
         device,
         distributed,
+        evaluation,
         graph,
         loop,
         probes,
@@ -68,6 +69,7 @@ def main(cfg: DictConfig) -> float | None:
         in_channels=source.channels,
         log=log.info,
     )
+    evaluation.check_statistics(cfg.evaluation, cfg.recipe.freeze_statistics, model, scheme)
     probe = probes.build(**cfg.probe, model=model, batch=plan.batch)
     shape = (plan.micro_batch, source.channels, source.size, source.size)
     models.dry_run(model, shape, source.num_classes, meta=plan.devices > 1)

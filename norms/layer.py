@@ -60,6 +60,7 @@ class BatchStatisticsNorm(Leaf, nn.BatchNorm2d):
     state: dict[str, float] = {}
     dim: int | None = None  # of the maps, where `convert` has seen it: `fold` has to know
     init_scale = 1.0  # what the gain starts at
+    centers = True  # whether the mean is removed
     batch_size: int | None
     running_mean: Any  # None where a tool has taken them away
     running_var: Any

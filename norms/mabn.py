@@ -238,6 +238,8 @@ class MABN2d(BatchStatisticsNorm):
         )
         return chi, running[None], renorm, use_batch
 
+    centers = False
+
     @property
     def running_mean(self) -> Tensor:  # type: ignore[override]  # nothing is centred
         return torch.zeros_like(self.running_square)

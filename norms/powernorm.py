@@ -145,6 +145,8 @@ class PowerNorm2d(BatchStatisticsNorm):
         self.commit(running_square=phi, num_batches_averaged=count + len(square))
         return torch.where(step <= self.warmup, inverse, by_phi), inverse, square
 
+    centers = False
+
     @property
     def running_mean(self) -> Tensor:  # type: ignore[override]  # nothing is centred
         return torch.zeros_like(self.running_square)

@@ -44,6 +44,8 @@ COUNTS = {
     "norm.start": 0,
     "norm.r_until": 0,
     "norm.d_until": 0,
+    "evaluation.batches": 1,
+    "evaluation.batch_size": 1,
     "probe.every": 1,
     "debug.images": 1,
     "debug.test_images": 1,
@@ -53,6 +55,7 @@ COUNTS = {
     "recipe.lr_batch": 1,
     "recipe.crop": 0,
     "recipe.eval_every": 1,
+    "recipe.freeze_statistics": 0,
     "runtime.threads": 1,
     "runtime.eval_batch": 1,
     "runtime.log_every": 1,
@@ -81,6 +84,7 @@ NUMBERS = {
     "recipe.ema": (0.0, 1 - 1e-9, " from 0, below 1"),
     "recipe.mixup": (0.0, 1e300, " from 0"),
     "recipe.cutmix": (0.0, 1e300, " from 0"),
+    "evaluation.alpha": PART,
     "norm.momentum": PART,
     "norm.eta": PART,
     "norm.alpha": PART,
@@ -96,6 +100,7 @@ NUMBERS = {
 CHOICES: dict[str, tuple[str, ...]] = {  # beside a number, where the key is above too
     "protocol.name": ("direct", "accumulate", "ghost"),
     "protocol.running_statistics": ("first", "mean"),
+    "evaluation.statistics": ("running", "precise", "batch"),
     "data.on_error": ("raise", "skip"),
     "recipe.crop": ("random_resized", "random_square"),
     "recipe.pixels": ("standardized", "bgr_255"),
@@ -360,4 +365,9 @@ def check(cfg: DictConfig) -> None:
         and all(isinstance(b, int | float) and 0 <= b < 1 for b in betas)
     ):
         raise ValueError(f"recipe.betas={betas}: expected two numbers from 0, below 1: [0.9,0.999]")
+    if own["evaluation.statistics"] == "batch" and own["evaluation.alpha"]:
+        raise ValueError(
+            f"evaluation.alpha={own['evaluation.alpha']}: weighs an image against running "
+            f"statistics; expected 0.0 with evaluation.statistics=batch"
+        )
     folder(cfg)  # has a name that can be one

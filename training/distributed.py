@@ -202,26 +202,28 @@ def data_parallel(network: Any, has_unused: bool) -> Any:
         )
 
 
+def share_buffers(model: nn.Module, rule: str) -> None:
+    """Give every process the buffers of the first (`first`), or running statistics averaged over
+    all (`mean`)."""
+    if world_size() == 1:
+        return
+    import torch.distributed as dist
+
+    for name, value in model.named_buffers():
+        if rule == "first":
+            dist.broadcast(value, 0)
+        elif name.rpartition(".")[2].startswith(("running_", "moving_")):
+            all_reduce(value).div_(world_size())
+
+
 @contextmanager
 def evaluation_buffers(model: nn.Module, rule: str) -> Iterator[None]:
     """The model as it is to be evaluated, in every process: meanwhile with the buffers of the first
     (`first`), or from now on with running statistics averaged over all (`mean`)."""
-    if world_size() == 1:
-        yield
-        return
-    if rule == "mean":
-        for name, value in model.named_buffers():
-            if name.rpartition(".")[2].startswith(("running_", "moving_")):
-                all_reduce(value).div_(world_size())
-        yield
-        return
-    import torch.distributed as dist
-
-    own = [value.clone() for value in model.buffers()]
-    for value in model.buffers():
-        dist.broadcast(value, 0)
+    own = [value.clone() for value in model.buffers()] if rule == "first" else []
+    share_buffers(model, rule)
     yield
-    for value, before in zip(model.buffers(), own, strict=True):
+    for value, before in zip(model.buffers(), own, strict=False):
         value.copy_(before)
 
 

@@ -2,19 +2,18 @@
 
 import math
 import time
-from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from norms import Scheme
-from training import distributed, graph
+from training import distributed, evaluation, graph
 from training.checkpoints import Checkpoints
 from training.compile import EAGER, Choice
+from training.evaluation import evaluate, with_statistics
 from training.optimizer import learning_rate
 from training.probes import Probe, Sums
 from training.progress import ProgressBar
@@ -135,6 +134,13 @@ def train(
             first = now.update - epoch * per_epoch
             last = min(per_epoch, updates - epoch * per_epoch)  # the epoch's updates
             model.train()
+            rule, wrap = cfg.protocol.running_statistics, checkpoints.interruptible
+            if epoch >= epochs - recipe.freeze_statistics:
+                if epoch == epochs - recipe.freeze_statistics and first == 0:
+                    distributed.share_buffers(model, rule)
+                    with step.autocast:
+                        step.take_buffers(with_statistics(model, loader, cfg.evaluation, wrap))
+                step.freeze_statistics()
             batches = checkpoints.interruptible(loader.train(epoch, first) if first < last else ())
             for seen, (images, labels) in enumerate(batches, first + 1):
                 lr = learning_rate(now.update, updates, plan.lr, recipe)
@@ -169,10 +175,11 @@ def train(
                 "images_per_second": last * plan.sgd_batch / now.epoch_seconds,
             }
             if (epoch + 1) % recipe.eval_every == 0 or now.update == updates:
-                rule = cfg.protocol.running_statistics
+                by = evaluation.evaluated_by(cfg) if step.frozen else cfg.evaluation
                 with step.autocast, distributed.evaluation_buffers(step.eval_model, rule):
-                    batches = checkpoints.interruptible(loader.test(runtime.eval_batch))
-                    row |= evaluate(step.eval_model, batches)
+                    network = with_statistics(step.eval_model, loader, by, wrap)
+                    size = evaluation.images_at_once(cfg.evaluation, runtime.eval_batch)
+                    row |= evaluate(network, wrap(loader.test(size)))
                 if not math.isfinite(row["test_loss"]):
                     now.diverged_at = now.update
                     break
@@ -191,24 +198,3 @@ def train(
         now.update = now.diverged_at or 0  # however late somebody looked
         save()
     return now
-
-
-@torch.no_grad()
-def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> dict[str, float]:
-    """Mean cross-entropy and the accuracies in %, over every image once."""
-    model.eval()
-    device = next(model.parameters(), torch.empty(0)).device
-    sums = torch.zeros(4, dtype=torch.float64, device=device)
-    for images, labels in batches:
-        logits = model(images).float()
-        hits = logits.topk(min(5, logits.shape[1]), 1).indices == labels[:, None]
-        loss = F.cross_entropy(logits, labels, reduction="sum")
-        sums += torch.stack(
-            [loss, hits[:, 0].sum(), hits.sum(), torch.ones_like(loss) * len(labels)]
-        )
-    loss, top1, top5, count = distributed.all_reduce(sums).tolist()
-    return {
-        "test_loss": loss / count,
-        "test_top1": 100 * (top1 / count),
-        "test_top5": 100 * (top5 / count),
-    }

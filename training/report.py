@@ -5,12 +5,13 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from training import graph
 from training.compile import Choice
 from training.config import choices
+from training.evaluation import batch_norms, evaluated_by
 from training.loop import Progress
 from training.protocol import Plan
 
@@ -154,6 +155,7 @@ def result(
         "micro_batch": plan.micro_batch,
         "devices": plan.devices,
         "ema": cfg.recipe.ema,
+        "evaluation": OmegaConf.to_container(evaluated_by(cfg)) if batch_norms(model) else None,
         "epochs": now.update / len(loader),
         "updates": now.update,
         "parameters": parameters(model),

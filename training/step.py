@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from norms import Scheme
 from training import distributed, optimizer
 from training.compile import EAGER, Choice, compiled, first_line
+from training.evaluation import batch_norms
 from training.graph import CUDAGraphStep
 from training.protocol import Plan
 
@@ -61,6 +62,7 @@ class Step:
 
             self.average = ModelEmaV3(model, recipe.ema)
         self.graph_step = CUDAGraphStep(self.compute, self.device) if graph else None
+        self.frozen = False
 
     @property
     def eval_model(self) -> nn.Module:
@@ -154,6 +156,21 @@ class Step:
                 for x in images.split(self.plan.micro_batch):
                     self.network(x)
         return loss, correct
+
+    @torch.no_grad()
+    def take_buffers(self, other: nn.Module) -> None:
+        """The network, and the average of its weights, get the buffers of another such network."""
+        for model in (self.model, self.eval_model):
+            for value, new in zip(model.buffers(), other.buffers(), strict=True):
+                value.copy_(new)
+
+    def freeze_statistics(self) -> None:
+        """Until the network's mode is set anew, its batch norms normalize by running statistics."""
+        for layer in batch_norms(self.model):
+            layer.eval()
+        if self.graph_step and not self.frozen:
+            self.graph_step = CUDAGraphStep(self.compute, self.device)
+        self.frozen = True
 
     def state_dict(self) -> dict[str, Any]:
         """Its part of a checkpoint; of the other processes, what is their own."""
