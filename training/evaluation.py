@@ -3,7 +3,7 @@ a whole and class by class, on its test images or on others."""
 
 import copy
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from functools import partial
 from itertools import islice
@@ -63,15 +63,15 @@ def check_statistics(by: Any, freeze: int, model: nn.Module, scheme: norms.Schem
         log.info(f"{key}={value}: norm={scheme.name} has no running statistics, nothing changes")
 
 
-def with_statistics(model: nn.Module, loader: Any, by: Any, wrap: Callable = iter) -> nn.Module:
+def with_statistics(model: nn.Module, loader: Any, by: Any) -> nn.Module:
     """The network to evaluate: `model`, or, where `by` (the group `evaluation`) asks for other
-    statistics than its running ones, a copy of it that has them. `loader` has training images,
-    which are looked at through `wrap`."""
+    statistics than its running ones, a copy of it that has them, so that whoever interrupts saves
+    the network as it was. `loader` has training images."""
     if (by.statistics == "running" and not by.alpha) or not batch_norms(model):
         return model
     model = copy.deepcopy(model)
     if by.statistics == "precise":
-        reestimate(model, wrap(training_images(loader, by.batch_size, by.batches)))
+        reestimate(model, training_images(loader, by.batch_size, by.batches))
     if by.statistics == "batch" or by.alpha:
         alpha = None if by.statistics == "batch" else by.alpha
         for layer, norm in called_batch_norms(model):
@@ -110,7 +110,8 @@ def reestimate(model: nn.Module, batches: Iterable[Tensor]) -> None:
     device = next(model.parameters()).device
     for layer in layers:
         layer.batch_size = None
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):  # of dropout
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(0)  # of dropout
         update_bn(batches, model)
     for layer, size in zip(layers, sizes, strict=True):
         layer.batch_size = size

@@ -111,6 +111,11 @@ def train(
     per_epoch = len(loader)
     updates = recipe.updates or recipe.epochs * per_epoch
     epochs = math.ceil(updates / per_epoch)
+    if recipe.freeze_statistics >= epochs:
+        raise ValueError(
+            f"recipe.freeze_statistics={recipe.freeze_statistics}: expected less than the {epochs} "
+            f"epochs of this run"
+        )
     device = next(model.parameters()).device
     step = Step(model, plan, recipe, choice, graph.enabled(cfg, device), scheme)
     now = Progress()
@@ -134,12 +139,12 @@ def train(
             first = now.update - epoch * per_epoch
             last = min(per_epoch, updates - epoch * per_epoch)  # the epoch's updates
             model.train()
-            rule, wrap = cfg.protocol.running_statistics, checkpoints.interruptible
+            rule = cfg.protocol.running_statistics
             if epoch >= epochs - recipe.freeze_statistics:
                 if epoch == epochs - recipe.freeze_statistics and first == 0:
                     distributed.share_buffers(model, rule)
                     with step.autocast:
-                        step.take_buffers(with_statistics(model, loader, cfg.evaluation, wrap))
+                        step.take_buffers(with_statistics(model, loader, cfg.evaluation))
                 step.freeze_statistics()
             batches = checkpoints.interruptible(loader.train(epoch, first) if first < last else ())
             for seen, (images, labels) in enumerate(batches, first + 1):
@@ -177,9 +182,9 @@ def train(
             if (epoch + 1) % recipe.eval_every == 0 or now.update == updates:
                 by = evaluation.evaluated_by(cfg) if step.frozen else cfg.evaluation
                 with step.autocast, distributed.evaluation_buffers(step.eval_model, rule):
-                    network = with_statistics(step.eval_model, loader, by, wrap)
+                    network = with_statistics(step.eval_model, loader, by)
                     size = evaluation.images_at_once(cfg.evaluation, runtime.eval_batch)
-                    row |= evaluate(network, wrap(loader.test(size)))
+                    row |= evaluate(network, checkpoints.interruptible(loader.test(size)))
                 if not math.isfinite(row["test_loss"]):
                     now.diverged_at = now.update
                     break

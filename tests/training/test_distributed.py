@@ -13,10 +13,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from hydra import compose, initialize_config_dir
+from torch.optim.swa_utils import update_bn
 
+import data
 from tests.training.test_step import PLAN, batches, network, recipe
-from training import distributed
+from training import distributed, evaluation
 from training.protocol import Plan
+from training.restore import network as network_of
 from training.step import Step
 
 ROOT = Path(__file__).parent.parent.parent
@@ -321,3 +324,42 @@ def test_each_process_gets_its_own_buffers_back(monkeypatch):
             for key, value in model.state_dict().items():
                 there = first[part][key] + (rank if "running_" in key else 0)
                 assert torch.equal(value, there), (rank, part, key)
+
+
+def test_statistics_for_evaluation_are_those_of_all_processes(tmp_path):
+    """Each estimates over its own images, all evaluate by the mean; the frozen tail begins with it
+    and stays the same everywhere."""
+    by = ["evaluation.statistics=precise", "evaluation.batches=6", "evaluation.batch_size=20"]
+    args = ["norm=bn", "batch=4", "recipe.epochs=2", *by]
+    for name, keys in {"precise": [], "frozen": ["recipe.freeze_statistics=1"]}.items():
+        status, _, err = run(2, tmp_path / name, *args, *keys)
+        assert status == 0, err
+    state, [other] = checkpoint(tmp_path / "frozen"), checkpoint(tmp_path / "frozen")["others"]
+    for key, value in other["buffers"].items():
+        assert torch.equal(value, state["model"][key]), key
+
+    path = folder(tmp_path / "precise")
+    cfg = evaluation.configuration(path)
+    plan = Plan(4, 8, 2, 4, 0.1)
+    source = data.resolve(cfg.data, 8, cfg.recipe)
+    found = []
+    for rank in (0, 1):
+        where = torch.device("cpu")
+        loader = data.load(
+            *(source, cfg.data, cfg.recipe, 8, cfg.seed, where), rank=rank, world_size=2
+        )
+        _, model = network_of(cfg, plan, 10, 1)
+        model.load_state_dict(torch.load(path / "last.pt", weights_only=True)["model"])
+        for layer in evaluation.batch_norms(model):
+            layer.batch_size = None
+        seen = torch.cat([images for images, _ in loader.train(0)])
+        update_bn(seen[:60].split(20), model)
+        found.append(model)
+    for ours, theirs in zip(found[0].buffers(), found[1].buffers(), strict=True):
+        if ours.is_floating_point():
+            ours.add_(theirs).div_(2)
+    whole = data.load(source, cfg.data, cfg.recipe, 8, cfg.seed, torch.device("cpu"))
+    expected = evaluation.evaluate(found[0], whole.test(500))
+    made = result(tmp_path / "precise")
+    assert made["test_loss"] == pytest.approx(expected["test_loss"], rel=1e-5)
+    assert made["evaluation"]["statistics"] == "precise"

@@ -12,7 +12,10 @@ from torch.optim.swa_utils import update_bn
 
 import models
 import norms
+from tests.training.test_step import recipe
 from training.evaluation import RUNNING, batch_norms, with_statistics
+from training.protocol import Plan
+from training.step import Step
 
 FREE = [name for name in norms.names() if norms.build(name, batch_size=2).batch_independent]
 BATCH = [name for name in norms.names() if name not in FREE and name != "evonorm_b0"]
@@ -199,3 +202,155 @@ def test_a_run_and_its_later_evaluation_agree(train, monkeypatch, capfd, tmp_pat
     evaluate.main()
     assert json.loads(file.read_text())["as_in_result"] is True
     capfd.readouterr()
+
+
+# Frozen statistics.
+
+
+def statistics(run, part="model"):
+    state = torch.load(run / "last.pt", weights_only=True)[part]
+    return {key: value for key, value in state.items() if "running_" in key}
+
+
+LONG = ["norm=bn", "batch=2", "recipe.epochs=4", "protocol=ghost", "protocol.sgd_batch=8"]
+
+
+def test_a_frozen_tail_trains_with_the_statistics_that_it_found(train, monkeypatch, tmp_path):
+    """Weights go on, statistics do not; until then it is the same training."""
+    taken = []
+    monkeypatch.setattr(Step, "take_buffers", lambda step, other: taken.append(
+        {key: value.clone() for key, value in other.state_dict().items()}
+    ))  # fmt: skip
+    plain = train(*LONG, runs=tmp_path / "plain").run()
+    made = train(*LONG, "recipe.freeze_statistics=2", runs=tmp_path / "frozen").run()
+    [before] = taken
+    for key, value in statistics(made).items():
+        assert torch.equal(value, before[key])
+        assert not torch.equal(value, statistics(plain)[key])
+    weights = torch.load(made / "last.pt", weights_only=True)["model"]["conv1.weight"]
+    assert not torch.equal(weights, before["conv1.weight"])
+    one, two = (
+        [row["train_loss"] for row in torch.load(run / "last.pt")["progress"]["rows"]]
+        for run in (plain, made)
+    )
+    assert one[:2] == two[:2]
+    assert one[2:] != two[2:]
+
+
+def test_a_frozen_tail_is_the_training_of_plain_batch_norm_in_evaluation_mode():
+    model, x = network().train(), images()
+    own = plain(model)
+    step = Step(model, Plan(2, 18, 1, 18, 0.1), recipe())
+    step.freeze_statistics()
+    before = copy.deepcopy(own)
+    loss, _ = step(x, torch.arange(18) % 5, 0.1)
+    expected = F.cross_entropy(own.eval()(x), torch.arange(18) % 5)
+    torch.testing.assert_close(loss, expected.detach().float())
+    expected.backward()
+    for one, two in zip(model.parameters(), own.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, two.grad, rtol=1e-4, atol=1e-6)
+    for key, value in before.state_dict().items():
+        if "running_" in key:
+            assert torch.equal(model.state_dict()[key], value)
+
+
+def test_precise_statistics_are_frozen_and_not_estimated_again(train):
+    run = train(*LONG, "recipe.freeze_statistics=2", "recipe.ema=0.9", *KEYS["precise"]).run()
+    assert result(run)["evaluation"]["statistics"] == "running"
+    for key, value in statistics(run).items():
+        torch.testing.assert_close(statistics(run, "ema")[key], value)
+
+
+@pytest.mark.parametrize("norm", [name for name in BATCH if name != "sync_bn"])
+def test_the_state_of_every_method_stands_still(norm):
+    model, x = network(norm).train(), images(4).float()
+    model = model.float()
+    scheme = norms.build(norm, batch_size=2)
+    step = Step(model, Plan(2, 4, 1, 4, 0.1), recipe(), scheme=scheme)
+    step.freeze_statistics()
+    before = [buffer.clone() for buffer in model.buffers()]
+    loss, _ = step(x, torch.arange(4), 0.1)
+    assert loss.isfinite()
+    assert all(torch.equal(a, b) for a, b in zip(before, model.buffers(), strict=True))
+
+
+def test_killed_in_its_tail_and_restarted(train, tmp_path, monkeypatch):
+    keys = [*LONG, "recipe.freeze_statistics=2", *KEYS["precise"], "checkpoint.every_updates=3"]
+    whole = train(*keys, runs=tmp_path / "whole").run()
+    per_epoch = result(whole)["updates"] // 4
+    real = Step.__call__
+
+    class KilledError(Exception):
+        pass
+
+    for update in (2 * per_epoch, 2 * per_epoch + 4):  # as the tail begins, and within it
+        left = [update - done(tmp_path / "runs")]
+
+        def until(step, *args, left=left):
+            if not left[0]:
+                raise KilledError
+            left[0] -= 1
+            return real(step, *args)
+
+        monkeypatch.setattr(Step, "__call__", until)
+        with pytest.raises(KilledError):
+            train(*keys)
+        monkeypatch.setattr(Step, "__call__", real)
+    made = train(*keys)
+    assert "goes on after update" in made.out
+    states = [torch.load(run / "last.pt", weights_only=True) for run in (whole, made.run())]
+    for key, value in states[0]["model"].items():
+        assert torch.equal(value, states[1]["model"][key]), key
+    losses = [[row["test_loss"] for row in state["progress"]["rows"]] for state in states]
+    assert losses[0] == losses[1]
+
+
+def done(runs):
+    files = list(runs.glob("*/*/last.pt"))
+    return torch.load(files[0], weights_only=True)["progress"]["update"] if files else 0
+
+
+MISTAKES = {
+    "evaluation.statistics=ema": "evaluation.statistics=ema: expected running, precise, batch",
+    "evaluation.batches=0": "evaluation.batches=0: expected a whole number from 1",
+    "evaluation.alpha=2": "evaluation.alpha=2: expected a number from 0 to 1",
+    "evaluation.statistics=batch evaluation.alpha=0.5": "evaluation.alpha=0.5: weighs an image",
+    "recipe.freeze_statistics=1": "recipe.freeze_statistics=1: expected less than the 1 epochs",
+    "recipe.freeze_statistics=-1": "recipe.freeze_statistics=-1: expected a whole number from 0",
+    "norm=evonorm_b0 evaluation.statistics=precise": "evaluation.statistics=precise: the layers of",
+    "norm=evonorm_b0 evaluation.alpha=0.1": "evaluation.alpha=0.1: the layers of norm=evonorm_b0",
+}
+
+
+@pytest.mark.parametrize("words", MISTAKES)
+def test_mistakes_get_one_line(train, words):
+    made = train(*words.split())
+    assert made.status == 1
+    assert made.err.startswith(f"error: {MISTAKES[words]}")
+    assert made.err.count("\n") == 1
+
+
+def test_a_method_without_running_statistics_says_that_nothing_changes(train):
+    made = train("norm=gn", "evaluation.statistics=precise", "recipe.updates=2")
+    assert "norm=gn has no running statistics, nothing changes" in made.out
+    assert result(made.run())["evaluation"] is None
+
+
+def test_what_a_folded_network_cannot_be_asked(train, monkeypatch, capfd, tmp_path):
+    from scripts import evaluate
+
+    run = train("norm=bn", "batch=2", "recipe.updates=30").run()
+    file = tmp_path / "found.json"
+
+    def evaluated(*words):
+        monkeypatch.setattr("sys.argv", ["evaluate.py", str(run), *words, "--json", str(file)])
+        evaluate.main()
+        return json.loads(file.read_text())
+
+    one, two = (evaluated(*KEYS["precise"], *fold) for fold in ([], ["--folded"]))
+    assert two["loss"] == pytest.approx(one["loss"], rel=1e-4)
+    with pytest.raises(SystemExit):
+        evaluated("evaluation.alpha=0.1", "--folded")
+    assert "evaluation.alpha=0.1: --folded leaves no batch norms; expected 0.0" in (
+        capfd.readouterr().err
+    )

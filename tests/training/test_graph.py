@@ -124,3 +124,15 @@ def test_asked_for_without_a_gpu(train):
     expected = "error: runtime.graph=true: no CUDA graph, device=cpu has none; expected auto or"
     assert outcome.err.splitlines() == [f"{expected} false"]
     assert not outcome.runs.exists()
+
+
+def test_frozen_statistics_are_recorded_anew(played):
+    recorded, plain = pair("bn", {})
+    same(recorded, plain)
+    for step in (recorded, plain):
+        step.freeze_statistics()
+        step.freeze_statistics()  # as every epoch does
+    before = [value.clone() for value in recorded.model.buffers()]
+    same(recorded, plain)
+    assert len(played) == 2
+    assert all(torch.equal(a, b) for a, b in zip(before, recorded.model.buffers(), strict=True))

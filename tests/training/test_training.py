@@ -8,8 +8,8 @@ from torch import nn
 import models
 import norms
 from training import optimizer, protocol
+from training.evaluation import evaluate
 from training.files import write
-from training.loop import evaluate
 from training.optimizer import learning_rate
 
 RECIPE = OmegaConf.create(
