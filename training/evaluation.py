@@ -18,13 +18,13 @@ from training import device as devices
 from training.config import check
 from training.loop import evaluate
 from training.messages import MISTAKES
-from training.restore import configuration, outcome, trained
+from training.restore import configuration, read_finished, trained
 from training.study import composed, composing
 
 OWN = ("data", "device", "runtime.eval_batch", "runtime.threads")  # what may differ from the run
 
 
-def configured(run: DictConfig, overrides: list[str]) -> DictConfig:
+def with_overrides(run: DictConfig, overrides: list[str]) -> DictConfig:
     """A run's configuration with other data or another device. Raises what composing raises."""
     keys = [str(o.key_or_group) for o in OverridesParser.create().parse_overrides(overrides)]
     for key, word in zip(keys, overrides, strict=True):
@@ -79,9 +79,9 @@ def measure(run: Path, overrides: list[str], folded: bool, averaged: bool) -> di
     """Accuracies in %, `classes` with a row for each. Raises `ValueError`, `OSError` and what
     composing raises."""
     own = configuration(run)
-    cfg = configured(own, overrides)
+    cfg = with_overrides(own, overrides)
     where = devices.resolve(cfg.device)
-    result = outcome(run) if (run / "result.json").exists() else None
+    result = read_finished(run) if (run / "result.json").exists() else None
     images = home = Images(cfg)
     same = cfg.data == OmegaConf.merge(cfg.data, own.data)
     if not same and not result:
