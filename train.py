@@ -24,7 +24,7 @@ from training import cli
 
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="config")
-def main(cfg: DictConfig) -> float | None:
+def main(composed: DictConfig) -> float | None:
     """One run; returns its top-1 accuracy in %, or None if it diverged."""
     import torch  # here and not above: --help and a mistyped key need not wait for it
 
@@ -48,17 +48,17 @@ def main(cfg: DictConfig) -> float | None:
     from training.run import Run
     from training.tensorboard import TensorBoard
 
-    distributed.init(cfg)
+    distributed.init(composed.devices)
     # Every mistake that can be seen without data is found before the run has a folder.
-    config.check(cfg)
+    cfg = config.check(composed)
     plan = protocol.plan(cfg)
     where = device.resolve(cfg.device)
-    checking = cfg.get("debug")  # a run that counts for nothing
+    checking = getattr(cfg, "debug", None)  # a run that counts for nothing
     debug.check(checking, cfg.recipe, plan)
     source = data.resolve(cfg.data, plan.sgd_batch, cfg.recipe)
     options = {k: v for k, v in cfg.norm.items() if k != "name"}
     sizes = dict(batch_size=plan.batch, sgd_batch_size=plan.per_device_batch)
-    scheme = norms.build(cfg.norm.name, **sizes, **options)
+    scheme = norms.build(cfg.norm["name"], **sizes, **options)
     config.check_precision(cfg, scheme.loss_scaling)
     config.check_probe(cfg, scheme.second_pass is not None)
     torch.manual_seed(cfg.seed)
@@ -70,13 +70,13 @@ def main(cfg: DictConfig) -> float | None:
         log=log.info,
     )
     evaluation.check_statistics(cfg.evaluation, cfg.recipe.freeze_statistics, model, scheme)
-    probe = probes.build(**cfg.probe, model=model, batch=plan.batch)
+    probe = probes.build(cfg.probe.name, cfg.probe.every, model, plan.batch)
     shape = (plan.micro_batch, source.channels, source.size, source.size)
     models.dry_run(model, shape, source.num_classes, meta=plan.devices > 1)
     graph.enabled(cfg, where)
     work = compile.multiply_adds(model, shape[1:])
 
-    with Run(cfg, source.listing) as run:
+    with Run(composed, source.listing) as run:
         if over := run.result():
             log.info(f"{run.folder}: {over['status']} already, skipped")
             return over["top1"]
@@ -98,7 +98,7 @@ def main(cfg: DictConfig) -> float | None:
 
         done = state["progress"]["update"] if state else 0
         log.info(f"{run.folder}" + (f": goes on after update {done}" if done else ""))
-        updates = cfg.recipe.updates or cfg.recipe.epochs * len(loader)
+        updates = protocol.count_updates(cfg.recipe, len(loader))
         expected = compile.estimate_seconds(work, updates, plan.per_device_batch)
         before = state["compiled"] if state else None
         choice = compile.choose(cfg.runtime.compile, where.type, expected, before)

@@ -364,7 +364,7 @@ def one_line(text, *parts):
 
 
 MISTAKES = [
-    (["norm=pwss"], 2, ["norm=pwss: unknown (did you mean pws", "allowed: bcn, bn, brn"]),
+    (["norm=pwss"], 2, ["norm=pwss: unknown (did you mean pws", "allowed: bcn, bn, "]),
     (["model=resnet21"], 2, ["model=resnet21: unknown (did you mean resnet", "allowed:"]),
     (["data=cifar"], 2, ["data=cifar: unknown (did you mean cifar10"]),
     (["experiment=quick"], 2, ["experiment=quick: unknown (did you mean quickstart"]),

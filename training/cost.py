@@ -14,6 +14,7 @@ from rich.console import Console
 import data
 from data.imagenet import CLASSES, TRAIN, VAL
 from training import protocol
+from training.config import typed
 from training.files import read_result
 from training.optimizer import build
 from training.restore import network
@@ -120,7 +121,7 @@ def rows(found: list[Cell], speed: float | None, where: torch.device, limit: flo
         key = tuple(o for o in cell.overrides if not o.startswith("seed="))
         own = [o for o in key if o not in common and not o.startswith(("norm=", "batch="))]
         if key not in made:
-            plan = protocol.plan(cell.cfg)
+            plan = protocol.plan(typed(cell.cfg))
             classes, channels, size, images = shape_of_data(cell.cfg, plan)
             shape = (plan.micro_batch, channels, size, size)
             with torch.device("meta"):
@@ -129,7 +130,7 @@ def rows(found: list[Cell], speed: float | None, where: torch.device, limit: flo
             settings, recipe = cell.cfg.data, cell.cfg.recipe
             train = images * (1 - settings.holdout) * settings.train_fraction
             per_epoch = int(train) // plan.sgd_batch
-            updates = recipe.updates or recipe.epochs * per_epoch
+            updates = protocol.count_updates(recipe, per_epoch)
             test = settings.get("test_images") or TEST_IMAGES.get(settings.name, 0)
             test = round(images * settings.holdout) or test
             epochs = updates / per_epoch

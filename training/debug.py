@@ -11,12 +11,13 @@ import torch
 
 from training import distributed
 from training.protocol import Plan
+from training.schema import Debug, Recipe
 
 log = logging.getLogger("smallbatch")
 TRACE = "trace.json"
 
 
-def check(debug: Any, recipe: Any, plan: Plan) -> None:
+def check(debug: Debug | None, recipe: Recipe, plan: Plan) -> None:
     """Raise `ValueError` where the numbers of a debug run do not fit."""
     if not debug:
         return
@@ -32,7 +33,7 @@ def check(debug: Any, recipe: Any, plan: Plan) -> None:
 
 
 @contextmanager
-def recording(debug: Any, recipe: Any, folder: Path) -> Iterator[None]:
+def recording(debug: Debug | None, recipe: Recipe, folder: Path) -> Iterator[None]:
     """With debug=profile, record the last `debug.updates` updates of what happens inside: a trace
     in the run's folder, the top operators on the screen."""
     if not debug or debug.name != "profile" or distributed.rank():
@@ -48,7 +49,7 @@ def recording(debug: Any, recipe: Any, folder: Path) -> Iterator[None]:
         table = profile.key_averages().table(sort_by=by, row_limit=15, max_name_column_width=50)
         log.info(f"{table}\n  the trace of {debug.updates} updates: {folder / TRACE}")
 
-    first = recipe.updates - debug.updates
+    first = (recipe.updates or 0) - debug.updates
     schedule = profiler.schedule(wait=first - 1, warmup=1, active=debug.updates, repeat=1)
     # acc_events: there is one cycle, and torch 2.11 warns that a second one would forget it
     with profiler.profile(schedule=schedule, on_trace_ready=done, acc_events=True) as profile:

@@ -58,14 +58,13 @@ def check_environment() -> None:
             raise ValueError(f"WORLD_SIZE={world_size()}: needs {name} as well{hint}")
 
 
-def init(cfg: Any) -> None:
-    """Meet the others. Raises `ValueError` if all together are not `cfg.devices`."""
+def init(devices: int) -> None:
+    """Meet the others. Raises `ValueError` if all together are not `devices`."""
     global store
     if "SUBMITIT_EXECUTOR" in os.environ and "WORLD_SIZE" not in os.environ:
         from submitit.helpers import TorchDistributedEnvironment
 
         TorchDistributedEnvironment().export(set_cuda_visible_devices=False)
-    devices = cfg.devices
     if devices != world_size():
         plural = "es" * (world_size() > 1)
         raise ValueError(

@@ -26,9 +26,10 @@ from data.transforms import CROPS
 from norms.layer import Leaf
 from training import device as devices
 from training import distributed, protocol
-from training.config import check
+from training.config import check, typed
 from training.messages import MISTAKES
-from training.restore import configuration, outcome, trained
+from training.restore import configuration, read_finished, trained
+from training.schema import Evaluation
 from training.study import composed, composing
 
 log = logging.getLogger("smallbatch")
@@ -44,7 +45,7 @@ def batch_norms(model: nn.Module) -> list[Any]:
     return [layer for layer in model.modules() if isinstance(layer, _BatchNorm)]
 
 
-def check_statistics(by: Any, freeze: int, model: nn.Module, scheme: norms.Scheme) -> None:
+def check_statistics(by: Evaluation, freeze: int, model: nn.Module, scheme: norms.Scheme) -> None:
     """Raise `ValueError` where statistics of a network cannot be chosen as `by`, the group
     `evaluation`, or frozen; say where it has none."""
     keys = {  # usual value, value
@@ -63,7 +64,7 @@ def check_statistics(by: Any, freeze: int, model: nn.Module, scheme: norms.Schem
         log.info(f"{key}={value}: norm={scheme.name} has no running statistics, nothing changes")
 
 
-def with_statistics(model: nn.Module, loader: Any, by: Any) -> nn.Module:
+def with_statistics(model: nn.Module, loader: Any, by: Evaluation) -> nn.Module:
     """The network to evaluate: `model`, or, where `by` (the group `evaluation`) asks for other
     statistics than its running ones, a copy of it that has them, so that whoever interrupts saves
     the network as it was. `loader` has training images."""
@@ -88,7 +89,7 @@ def evaluated_by(cfg: Any) -> Any:
     return by
 
 
-def images_at_once(by: Any, eval_batch: int) -> int:
+def images_at_once(by: Evaluation, eval_batch: int) -> int:
     """Test images of a forward pass."""
     return by.batch_size if by.statistics == "batch" else eval_batch
 
@@ -180,7 +181,7 @@ def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> dict
     }
 
 
-def configured(run: DictConfig, overrides: list[str]) -> DictConfig:
+def with_overrides(run: DictConfig, overrides: list[str]) -> DictConfig:
     """A run's configuration with other data or another device. Raises what composing raises."""
     keys = [str(o.key_or_group) for o in OverridesParser.create().parse_overrides(overrides)]
     for key, word in zip(keys, overrides, strict=True):
@@ -235,7 +236,7 @@ def normalize_as(loader: Any, pixels: dict[str, Any]) -> bool:
 
 def trained_on(cfg: DictConfig, where: torch.device) -> Any:
     """The training images of a run as it saw them."""
-    plan = protocol.plan(cfg)
+    plan = protocol.plan(typed(cfg))
     source = data.resolve(cfg.data, plan.sgd_batch, cfg.recipe)
     return data.load(
         *(source, cfg.data, cfg.recipe, plan.sgd_batch, cfg.seed, where), debug=cfg.get("debug")
@@ -246,9 +247,9 @@ def measure(run: Path, overrides: list[str], folded: bool, averaged: bool) -> di
     """Accuracies in %, `classes` with a row for each. Raises `ValueError`, `OSError` and what
     composing raises."""
     own = configuration(run)
-    cfg = configured(own, overrides)
+    cfg = with_overrides(own, overrides)
     where = devices.resolve(cfg.device)
-    result = outcome(run) if (run / "result.json").exists() else None
+    result = read_finished(run) if (run / "result.json").exists() else None
     images = home = Images(cfg)
     same = cfg.data == OmegaConf.merge(cfg.data, own.data)
     if not same and not result:

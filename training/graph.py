@@ -12,32 +12,33 @@ import torch
 from torch import Tensor
 
 from training import distributed
+from training.schema import Config
 
 log = logging.getLogger("smallbatch")
 Compute = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 WARM_UP = 3  # updates before the recording, in which libraries choose and allocate what they need
 
 
-def unsupported_reason(cfg: Any, device: torch.device) -> str:
+def unsupported_reason(cfg: Config, device: torch.device) -> str:
     """Why the steps of a run cannot be recorded; empty where they can."""
-    debug = cfg.get("debug")
+    debug = getattr(cfg, "debug", None)
     reasons = {
         f"device={device.type} has none": device.type != "cuda",
         f"devices={distributed.world_size()} share a step": distributed.world_size() > 1,
         "precision=float16 asks the device for its loss scale": cfg.recipe.precision == "float16",
         f"probe={cfg.probe.name} looks into every step": cfg.probe.name != "none",
-        "debug=profile shows its operators": bool(debug) and debug.name == "profile",
+        "debug=profile shows its operators": debug is not None and debug.name == "profile",
     }
     return next((reason for reason, true in reasons.items() if true), "")
 
 
-def enabled(cfg: Any, device: torch.device) -> bool:
+def enabled(cfg: Config, device: torch.device) -> bool:
     """Whether the key `runtime.graph` comes to a recorded step; raises `ValueError` where it is
     asked for and cannot be."""
-    setting, reason = cfg.runtime.get("graph", "auto"), unsupported_reason(cfg, device)
+    setting, reason = cfg.runtime.graph, unsupported_reason(cfg, device)
     if setting is True and reason:
         raise ValueError(f"runtime.graph=true: no CUDA graph, {reason}; expected auto or false")
-    return not reason if setting == "auto" else setting
+    return not reason if setting == "auto" else bool(setting)
 
 
 def capture(compute: Compute, images: Tensor, labels: Tensor, stream: Any) -> tuple[Any, Any]:

@@ -17,8 +17,9 @@ from training.evaluation import evaluate, with_statistics
 from training.optimizer import learning_rate
 from training.probes import Probe, Sums
 from training.progress import ProgressBar
-from training.protocol import Plan
+from training.protocol import Plan, count_updates
 from training.run import Run
+from training.schema import Config
 from training.step import Step
 from training.tensorboard import TensorBoard
 
@@ -94,7 +95,7 @@ def train(
     model: nn.Module,
     loader: Any,
     plan: Plan,
-    cfg: Any,
+    cfg: Config,
     run: Run,
     tensorboard: TensorBoard,
     state: Any,
@@ -109,7 +110,7 @@ def train(
     """
     recipe, runtime = cfg.recipe, cfg.runtime
     per_epoch = len(loader)
-    updates = recipe.updates or recipe.epochs * per_epoch
+    updates = count_updates(recipe, per_epoch)
     epochs = math.ceil(updates / per_epoch)
     if recipe.freeze_statistics >= epochs:
         raise ValueError(
@@ -170,7 +171,7 @@ def train(
             if now.diverged:
                 break
 
-            row = {
+            row: dict[str, Any] = {
                 "epoch": epoch + 1,
                 "update": now.update,
                 "learning_rate": learning_rate(now.update - 1, updates, plan.lr, recipe),
@@ -189,7 +190,7 @@ def train(
                     now.diverged_at = now.update
                     break
             meter.lap()
-            row |= probe.take() if probe else {}
+            row |= probe.pop_epoch() if probe else {}
             now.rows.append(row | {"seconds": now.wall_seconds})
             now.loss, now.correct, now.epoch_seconds = 0.0, 0, 0.0
             run.write_metrics(now.rows)

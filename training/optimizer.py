@@ -7,10 +7,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from training.schema import Recipe
+
 WEIGHTS = (nn.modules.conv._ConvNd, nn.Linear, nn.Embedding)
 
 
-def parameter_groups(model: nn.Module, recipe: Any) -> list[dict[str, Any]]:
+def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
     """Parameters by weight decay, which follows from the type of their module, and by the divisor
     of their learning rate, which a layer may name in `lr_divisor`.
 
@@ -42,7 +44,7 @@ def all_but_the_head(model: nn.Module) -> list[nn.Parameter]:
     return [p for p in model.parameters() if p not in head]
 
 
-def sgd(model: nn.Module, recipe: Any, lr: float) -> torch.optim.SGD:
+def sgd(model: nn.Module, recipe: Recipe, lr: float) -> torch.optim.SGD:
     return torch.optim.SGD(
         parameter_groups(model, recipe),
         lr=lr,
@@ -52,23 +54,22 @@ def sgd(model: nn.Module, recipe: Any, lr: float) -> torch.optim.SGD:
     )
 
 
-def adamw(model: nn.Module, recipe: Any, lr: float) -> torch.optim.AdamW:
+def adamw(model: nn.Module, recipe: Recipe, lr: float) -> torch.optim.AdamW:
     """Adam with decoupled weight decay (arXiv 1711.05101): each step takes lr * weight_decay *
     weight from a weight."""
     groups = parameter_groups(model, recipe)
     on_gpu = groups[0]["params"][0].is_cuda  # where a step may be recorded
-    return torch.optim.AdamW(
-        groups, lr=lr, betas=tuple(recipe.betas), fused=True, capturable=on_gpu
-    )
+    first, second = recipe.betas
+    return torch.optim.AdamW(groups, lr=lr, betas=(first, second), fused=True, capturable=on_gpu)
 
 
-def build(model: nn.Module, recipe: Any, lr: float) -> torch.optim.Optimizer:
+def build(model: nn.Module, recipe: Recipe, lr: float) -> torch.optim.Optimizer:
     """The one of `recipe.optimizer`."""
     kinds: dict[str, Callable[..., torch.optim.Optimizer]] = {"sgd": sgd, "adamw": adamw}
     return kinds[recipe.optimizer](model, recipe, lr)
 
 
-def learning_rate(update: int, updates: int, peak: float, recipe: Any) -> float:
+def learning_rate(update: int, updates: int, peak: float, recipe: Recipe) -> float:
     """For update 0, 1, … of `updates`: a linear rise, then the schedule from `peak` down."""
     warmup = round(recipe.warmup * updates)
     if update < warmup:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from omegaconf import DictConfig
+from training.schema import Config, Recipe
 
 
 @dataclass(frozen=True)
@@ -25,9 +25,14 @@ class Plan:
         return self.sgd_batch // self.devices
 
 
-def plan(cfg: DictConfig) -> Plan:
+def count_updates(recipe: Recipe, per_epoch: int) -> int:
+    """Optimizer steps of a run."""
+    return recipe.updates or (recipe.epochs or 0) * per_epoch
+
+
+def plan(cfg: Config) -> Plan:
     """The protocol's two numbers and the learning rate, or `ValueError` where they do not fit."""
-    batch, recipe, devices = cfg.batch, cfg.recipe, int(cfg.get("devices") or 1)
+    batch, recipe, devices = cfg.batch, cfg.recipe, cfg.devices
     if cfg.protocol.name == "direct" and cfg.protocol.sgd_batch:
         raise ValueError(
             f"protocol.sgd_batch={cfg.protocol.sgd_batch}: with protocol=direct every batch is a "
@@ -48,10 +53,10 @@ def plan(cfg: DictConfig) -> Plan:
             f"protocol.micro_batch={micro_batch}: expected a multiple of batch={batch} that "
             f"divides the {per_device} images of an optimizer step on one device"
         )
-    for key in ("mixup", "cutmix"):
-        if recipe.get(key) and per_device % 2:
+    for key, alpha in (("mixup", recipe.mixup), ("cutmix", recipe.cutmix)):
+        if alpha and per_device % 2:
             raise ValueError(
-                f"recipe.{key}={recipe[key]}: mixes the images of an optimizer step on one device "
+                f"recipe.{key}={alpha}: mixes the images of an optimizer step on one device "
                 f"in pairs, and there are {per_device}; expected an even number"
             )
     return Plan(batch, sgd_batch, devices, micro_batch, recipe.lr * sgd_batch / recipe.lr_batch)

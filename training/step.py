@@ -16,6 +16,7 @@ from training.compile import EAGER, Choice, compiled, first_line
 from training.evaluation import batch_norms
 from training.graph import CUDAGraphStep
 from training.protocol import Plan
+from training.schema import Recipe
 
 log = logging.getLogger("smallbatch")
 
@@ -33,7 +34,7 @@ class Step:
         self,
         model: nn.Module,
         plan: Plan,
-        recipe: Any,
+        recipe: Recipe,
         choice: Choice = EAGER,
         graph: bool = False,
         scheme: Scheme | None = None,
@@ -52,7 +53,8 @@ class Step:
         self.optimizer = optimizer.build(model, recipe, plan.lr)
         self.clipped = optimizer.all_but_the_head(model) if recipe.clip == "agc" else []
         # On a GPU learning rates lie there, where a recorded step finds them.
-        self.lr = [torch.tensor(plan.lr, device=self.device) for _ in self.optimizer.param_groups]
+        groups = self.optimizer.param_groups if self.device.type == "cuda" else []
+        self.lr = [torch.tensor(plan.lr, device=self.device) for _ in groups]
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=recipe.precision == "float16")
         self.average: Any = None
         if recipe.ema:
@@ -71,9 +73,9 @@ class Step:
 
     def __call__(self, images: Tensor, labels: Tensor, lr: float) -> tuple[Tensor, Tensor]:
         self.warm_up(images, labels)
-        for group, on_device in zip(self.optimizer.param_groups, self.lr, strict=True):
+        for i, group in enumerate(self.optimizer.param_groups):
             own = lr / group.get("lr_divisor", 1.0)
-            group["lr"] = on_device.fill_(own) if self.device.type == "cuda" else own
+            group["lr"] = self.lr[i].fill_(own) if self.lr else own
         return (self.graph_step or self.compute)(images, labels)
 
     def warm_up(self, images: Tensor, labels: Tensor) -> None:
@@ -144,7 +146,7 @@ class Step:
             adaptive_clip_grad(self.clipped, self.recipe.clip_factor)
         elif self.recipe.clip:
             self.scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip)
+            nn.utils.clip_grad_norm_(self.model.parameters(), float(self.recipe.clip))
         self.scaler.step(self.optimizer)
         self.scaler.update()
         if self.after_step:

@@ -251,7 +251,7 @@ def test_mistakes_get_one_line_and_leave_nothing(train, call, tmp_path):
         return err
 
     assert "not a run" in refused(tmp_path)
-    assert "norm=gn: is the run's; expected data.KEY=… or one of data, dev" in refused(
+    assert "norm=gn: is the run's; expected data.KEY=…, evaluation.KEY=… or one of" in refused(
         run, "norm=gn"
     )
     assert "model.weights=x: is the run's" in refused(run, "model.weights=x")

@@ -45,7 +45,7 @@ def played(monkeypatch):
 def pair(scheme, options):
     """The same step twice, the first recorded, with its learning rate in a tensor as on a GPU."""
     recorded = Step(network(scheme), PLAN, recipe(**options), graph=True)
-    recorded.lr = torch.tensor(0.0)
+    recorded.lr = [torch.tensor(0.0) for _ in recorded.optimizer.param_groups]
     return recorded, Step(network(scheme), PLAN, recipe(**options))
 
 

@@ -16,6 +16,8 @@ RECIPE = OmegaConf.create(
     {
         "lr": 0.1,
         "lr_batch": 32,
+        "mixup": 0.0,
+        "cutmix": 0.0,
         "momentum": 0.9,
         "nesterov": True,
         "weight_decay": 1e-4,
