@@ -259,6 +259,41 @@ def test_the_default_rule_is_that_of_the_paper(study):
     assert "last epoch (GN 1803.08494 reports the median of the last 5 epochs)" in last
 
 
+@pytest.mark.parametrize(
+    ("keys", "told"),
+    [
+        ({}, None),
+        ({"evaluation__statistics": "running", "recipe__freeze_statistics": 0}, None),
+        ({"evaluation__statistics": "precise"}, "statistics of 9 training batches of 50"),
+        ({"evaluation__statistics": "batch"}, "the statistics of test batches of 50"),
+        ({"evaluation__alpha": 0.25}, "running statistics, 0.25 of each image's own"),
+        ({"recipe__freeze_statistics": 3}, "running statistics, frozen in the last 3 epochs"),
+    ],
+)
+def test_a_caption_tells_the_statistics_that_were_evaluated(study, keys, told):
+    sizes = {"evaluation__batches": 9, "evaluation__batch_size": 50}
+    put(study, "bn", 2, 0, 90.0, **sizes, **keys)
+    made = table(study)
+    assert ("batch norms by" in made.caption) == (told is not None)
+    for where in (made.caption, made.title):  # of the figures
+        assert told is None or f"batch norms by {told}" in where
+
+
+def test_other_statistics_are_not_mixed(study):
+    put(study, "bn", 2, 0, 90.0, evaluation__statistics="running")
+    put(study, "bn", 2, 1, 95.0, evaluation__statistics="precise")
+    assert "evaluation.statistics" in refused(study)
+
+
+def test_a_published_number_stands_beside_the_same_statistics(study):
+    chosen = {"published": ["Rethinking Batch 2105.07576, Table 2"], "errors": True}
+    imagenet(study / "run", "bn", 2, 0, 64.0)
+    assert beside(study / "run", **chosen) == {"bn": ["35.5 [1] +0.50"]}
+    precise = {"evaluation__statistics": "precise", "evaluation__batch_size": 10}
+    imagenet(study / "other", "bn", 2, 0, 68.0, **precise)
+    assert beside(study / "other", **chosen) == {"bn": ["32.3 [1] −0.30"]}
+
+
 # The published numbers.
 
 
