@@ -61,6 +61,7 @@ def small(name):
 @pytest.mark.parametrize(("name", "mode"), [("mabn", "network"), ("bcn", "layers")])
 def test_compiled_equals_eager(name, mode, caplog):
     """Inductor's code, of a network of a few layers; the trial pass has left no trace."""
+    caplog.set_level("INFO", "smallbatch")
     ends = []
     for choice in (c.EAGER, c.Choice(mode, "")):
         step = Step(small(name), PLAN, recipe(), choice)
