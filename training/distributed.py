@@ -190,15 +190,17 @@ def data_parallel(network: Any, has_unused: bool) -> Any:
     none of them used; `has_unused`: whether there are such. Buffers stay each process's own."""
     from torch.nn.parallel import DistributedDataParallel
 
-    with warnings.catch_warnings():  # of a key that torch 2.11 does not have yet
-        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
-        return DistributedDataParallel(
-            network,
-            broadcast_buffers=False,
-            init_sync=False,
-            find_unused_parameters=has_unused,
-            gradient_as_bucket_view=True,
-        )
+    # Of one input channel, with which both memory formats are the same; of a key whose successor
+    # torch 2.11 does not have.
+    warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
+    warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+    return DistributedDataParallel(
+        network,
+        broadcast_buffers=False,
+        init_sync=False,
+        find_unused_parameters=has_unused,
+        gradient_as_bucket_view=True,
+    )
 
 
 def share_buffers(model: nn.Module, rule: str) -> None:

@@ -1,5 +1,6 @@
 """The optimizer's parameter groups and its learning rate."""
 
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any
@@ -44,8 +45,26 @@ def all_but_the_head(model: nn.Module) -> list[nn.Parameter]:
     return [p for p in model.parameters() if p not in head]
 
 
-def sgd(model: nn.Module, recipe: Recipe, lr: float) -> torch.optim.SGD:
-    return torch.optim.SGD(
+class Light:
+    """An optimizer that leaves PyTorch's compiler alone, which others load in order to tell it that
+    it need not look at them: two of the five seconds in which a run would start."""
+
+    add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
+    zero_grad = inspect.unwrap(torch.optim.Optimizer.zero_grad)
+    state_dict = inspect.unwrap(torch.optim.Optimizer.state_dict)
+    load_state_dict = inspect.unwrap(torch.optim.Optimizer.load_state_dict)
+
+
+class SGD(Light, torch.optim.SGD):
+    step = torch.no_grad()(inspect.unwrap(torch.optim.SGD.step))
+
+
+class AdamW(Light, torch.optim.AdamW):
+    step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
+
+
+def sgd(model: nn.Module, recipe: Recipe, lr: float) -> SGD:
+    return SGD(
         parameter_groups(model, recipe),
         lr=lr,
         momentum=recipe.momentum,
@@ -54,13 +73,13 @@ def sgd(model: nn.Module, recipe: Recipe, lr: float) -> torch.optim.SGD:
     )
 
 
-def adamw(model: nn.Module, recipe: Recipe, lr: float) -> torch.optim.AdamW:
+def adamw(model: nn.Module, recipe: Recipe, lr: float) -> AdamW:
     """Adam with decoupled weight decay (arXiv 1711.05101): each step takes lr * weight_decay *
     weight from a weight."""
     groups = parameter_groups(model, recipe)
     on_gpu = groups[0]["params"][0].is_cuda  # where a step may be recorded
     first, second = recipe.betas
-    return torch.optim.AdamW(groups, lr=lr, betas=(first, second), fused=True, capturable=on_gpu)
+    return AdamW(groups, lr=lr, betas=(first, second), fused=True, capturable=on_gpu)
 
 
 def build(model: nn.Module, recipe: Recipe, lr: float) -> torch.optim.Optimizer:

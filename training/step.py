@@ -82,15 +82,13 @@ class Step:
         """At the first call, passes that leave no trace. One compiles; where that fails, it is said
         and the network goes on as it is. With several processes another is DDP's first, after which
         it rearranges its buckets: a run that goes on adds up gradients in the same order."""
-        if self.parallel:
+        if self.parallel is not None:
             return
         state = {name: value.clone() for name, value in self.model.state_dict().items()}
         several = distributed.world_size() > 1
         x, y = images[: self.plan.micro_batch], labels[: self.plan.micro_batch]
         devices = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(devices), warnings.catch_warnings():
-            # DDP's, of one input channel, with which both memory formats are the same.
-            warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
+        with torch.random.fork_rng(devices):
             if self.choice.mode != "false":
                 self.compile(x, y)
             elif several:

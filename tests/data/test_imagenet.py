@@ -427,7 +427,7 @@ def test_broken_files_are_skipped_and_told(tree, workers, caplog):
 def test_nothing_but_broken_files(tree):
     for file in tree.rglob("*.JPEG"):
         file.write_bytes(b"")
-    one = opened(tree, on_error="skip", say=lambda text: None)
+    one = opened(tree, on_error="skip")
     for batches in (one.train(0), one.test(8)):
         with pytest.raises(ValueError, match=r"can be read|cannot be read; the first: .*empty"):
             list(batches)
