@@ -189,7 +189,7 @@ def statistics(config: dict[str, Any]) -> str:
     if kind == "batch":
         text = f"the statistics of test batches of {size}"
     elif kind == "precise":
-        text = f"statistics of {config.get('evaluation.batches')} training batches of {size}"
+        text = f"statistics of up to {config.get('evaluation.batches')} training batches of {size}"
     else:
         text = "running statistics"
     if frozen:

@@ -39,7 +39,7 @@ def show(found: dict[str, Any], console: Console) -> None:
     what += ["folded"] if found["folded"] else []
     by = found["evaluation"]
     if by["statistics"] == "precise":
-        what += [f"statistics of {by['batches']} training batches of {by['batch_size']}"]
+        what += [f"statistics of up to {by['batches']} training batches of {by['batch_size']}"]
     elif by["statistics"] == "batch":
         what += [f"the statistics of test batches of {by['batch_size']}"]
     what += [f"alpha {by['alpha']:g}"] if by["alpha"] else []

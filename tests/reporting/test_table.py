@@ -264,7 +264,7 @@ def test_the_default_rule_is_that_of_the_paper(study):
     [
         ({}, None),
         ({"evaluation__statistics": "running", "recipe__freeze_statistics": 0}, None),
-        ({"evaluation__statistics": "precise"}, "statistics of 9 training batches of 50"),
+        ({"evaluation__statistics": "precise"}, "statistics of up to 9 training batches of 50"),
         ({"evaluation__statistics": "batch"}, "the statistics of test batches of 50"),
         ({"evaluation__alpha": 0.25}, "running statistics, 0.25 of each image's own"),
         ({"recipe__freeze_statistics": 3}, "running statistics, frozen in the last 3 epochs"),
