@@ -67,7 +67,7 @@ def call(network: nn.Module, x: Tensor) -> float:
 def run(args: argparse.Namespace) -> None:
     if args.quick:
         args.model, args.size, args.rounds = "resnet8", 32, 2
-    where = device.find(args.device)
+    where = device.resolve(args.device)
     torch.set_num_threads(args.threads)
     layout = torch.channels_last if args.channels_last else torch.contiguous_format
     x = torch.randn(args.batch, 3, args.size, args.size).to(where, memory_format=layout)

@@ -73,7 +73,7 @@ def read(overrides: list[str]) -> dict[str, Any]:
 
     with composing():
         cfg, _ = composed(*jobs(overrides)[0])
-        train, test = data.find(cfg.data, cfg.batch, cfg.recipe).read()
+        train, test = data.resolve(cfg.data, cfg.batch, cfg.recipe).read()
     return {"training_images": len(train), "test_images": len(test)}
 
 

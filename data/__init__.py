@@ -1,6 +1,6 @@
 """Data sets by name, their parts and their batches."""
 
-from collections.abc import Callable
+import logging
 from typing import Any
 
 import numpy as np
@@ -15,10 +15,11 @@ from data.splits import Files, Split, describe_skipped, stratified
 from data.stream import Stream
 from data.transforms import CROPS
 
-__all__ = ["Files", "Loader", "Mixed", "Source", "Split", "Stream", "find", "load", "read"]
+log = logging.getLogger("smallbatch")
+__all__ = ["Files", "Loader", "Mixed", "Source", "Split", "Stream", "load", "read", "resolve"]
 
 
-def find(config: Any, sgd_batch: int, recipe: Any) -> Source:
+def resolve(config: Any, sgd_batch: int, recipe: Any) -> Source:
     """The data set of a `data` config group, for a training by a `recipe`. Raises `ValueError` or
     `FileNotFoundError` if it is not there or does not fit; reads no images yet."""
     for key, low, high in (("train_fraction", 0.0, 1.0), ("holdout", -1e-9, 0.9)):
@@ -79,14 +80,14 @@ def check_resize(resize: int, size: int) -> None:
         raise ValueError(f"data.resize={resize}: expected at least data.size={size}")
 
 
-def read(source: Source, config: Any, say: Callable[[str], None] = print) -> tuple[Any, Any]:
+def read(source: Source, config: Any) -> tuple[Any, Any]:
     """Training and test images, after `data.holdout` and `data.train_fraction`: two of `Split`, or
     of `Files` where they stay on disk.
 
     With a holdout, that part of every class of the training images stands in for the test images,
     which are not touched.
     """
-    train, test = source.read(say)
+    train, test = source.read()
     if config.holdout > 0:
         test, train = stratified(train, config.holdout, salt=1)
     if config.train_fraction < 1:
@@ -101,23 +102,20 @@ def load(
     sgd_batch: int,
     seed: int,
     device: torch.device | str = "cpu",
-    say: Callable[[str], None] = print,
-    share: tuple[int, int] = (0, 1),
+    rank: int = 0,
+    world_size: int = 1,
     debug: Any = None,
 ) -> Loader | Stream | Mixed:
     """The batches of a data set for one training: on the device where it fits, else from disk.
-    `share`: which part of them, of how many, another process having each of the others.
+    `rank` of `world_size`: the part of this process alone.
 
     `debug`, a `debug` config group: with `images`, so many training images, which are the test
     images too, and nothing is augmented; with `test_images`, the first test images.
     """
     listing = source.listing
     if listing and listing.ignored:
-        say(f"  data.root={config.root}: {describe_ignored(listing.ignored)}")
-    told: dict[str, None] = {}  # what holds for both parts once
-    train, test = read(source, config, lambda text: told.setdefault(text))
-    for text in told:
-        say(f"  {text}")
+        log.info(f"  data.root={config.root}: {describe_ignored(listing.ignored)}")
+    train, test = read(source, config)
     keys = dict(crop=recipe.crop, flip=recipe.flip)
     keys |= {key: recipe[key] for key in ("lighting", "pixels") if key in recipe}
     if debug and "test_images" in debug:
@@ -128,18 +126,18 @@ def load(
         order = torch.from_numpy(np.random.default_rng(0).permutation(len(train)))
         train = test = train.take(order[:few])
         keys |= {"crop": 0, "flip": False, "lighting": 0.0}
-    own: dict[str, Any] = dict(device=device, share=share)
+    own: dict[str, Any] = dict(device=device, rank=rank, world_size=world_size)
     loader: Loader | Stream
     if isinstance(train, Split):
         for part, split in (("train", train), ("test", test)):
             if split.unread:
-                say(f"  {describe_skipped(part, split.unread)}")
+                log.warning(f"  {describe_skipped(part, split.unread)}")
         loader = Loader(train, test, sgd_batch, seed, keys["crop"], keys["flip"], **own)
     else:
         keys |= {key: config[key] for key in ("size", "workers", "on_error")}
         keys["resize"] = round(config.size * 8 / 7) if config.resize is None else config.resize
-        loader = Stream(train, test, sgd_batch, seed, say=say, **own, **keys)
+        loader = Stream(train, test, sgd_batch, seed, **own, **keys)
     mixup, cutmix = recipe.get("mixup", 0.0), recipe.get("cutmix", 0.0)
     if (mixup or cutmix) and not few:
-        return Mixed(loader, mixup, cutmix, source.num_classes, seed, share[0])
+        return Mixed(loader, mixup, cutmix, source.num_classes, seed, rank)
     return loader

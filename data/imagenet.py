@@ -42,5 +42,5 @@ def tree(root: str | None, size: int, verify_counts: bool = True) -> Source:
             f"validation images; ImageNet has {CLASSES:,}, {TRAIN:,} and {VAL:,}; "
             f"data.verify_counts=false takes what is there"
         )
-    read = lambda log=print: splits  # noqa: E731
+    read = lambda: splits  # noqa: E731
     return Source(counts[0], 3, size, counts[1], True, read, listing.classes, listing)

@@ -14,15 +14,12 @@ from torch import Tensor
 
 from data.splits import Split
 
-Share = tuple[int, int]
-"""Which part of each SGD batch and of the test images, and of how many."""
 BLOCK = 512  # images that are cut out and normalized at once, however small the batch
 
 
-def portion(order: np.ndarray, sgd_batch: int, share: Share) -> np.ndarray:
-    """Of an order of images, those of one part: a piece of every SGD batch, in order."""
-    part, parts = share
-    return order.reshape(-1, parts, sgd_batch // parts)[:, part].reshape(-1)
+def shard(order: np.ndarray, sgd_batch: int, rank: int, world_size: int) -> np.ndarray:
+    """Of an order of images, those of one process: its part of every SGD batch, in order."""
+    return order.reshape(-1, world_size, sgd_batch // world_size)[:, rank].reshape(-1)
 
 
 def check_size(wanted: int, images: int, key: str = "") -> None:
@@ -39,8 +36,8 @@ class Loader:
     """`train`: SGD batches of augmented images; `test`: every test image exactly once.
 
     `crop`: pixels of zero padding from which a window of the original size is cut; `flip`: mirror
-    half of the images; `share`: give this part alone. Pixels are normalized by the training images'
-    `mean` and `std`, which are in units of 0 to 1, one for each channel.
+    half of the images; `rank` of `world_size`: give this process's part alone. Pixels are
+    normalized by the training images' `mean` and `std`, in units of 0 to 1, one for each channel.
     """
 
     reversed = False  # whether the network gets the channels in reverse order
@@ -54,11 +51,12 @@ class Loader:
         crop: int = 0,
         flip: bool = False,
         device: torch.device | str = "cpu",
-        share: Share = (0, 1),
+        rank: int = 0,
+        world_size: int = 1,
     ):
         check_size(sgd_batch, len(train))
         self.seed, self.sgd_batch, self.crop, self.flip = seed, sgd_batch, crop, flip
-        self.share = share
+        self.rank, self.world_size = rank, world_size
         self.updates_per_epoch, self.dropped = divmod(len(train), sgd_batch)
         self.unreadable = {"train": len(train.unread), "test": len(test.unread)}
         train, test = train.replace_unread(), test.drop_unread()
@@ -84,11 +82,11 @@ class Loader:
 
     def train(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """The SGD batches of an epoch from number `start` on: (S, C, H, W) float32, (S,)."""
-        size = self.sgd_batch // self.share[1]
+        size = self.sgd_batch // self.world_size
         rng = np.random.default_rng([self.seed, epoch])
         count = len(self.labels)
         order = rng.permutation(count)[start * self.sgd_batch : len(self) * self.sgd_batch]
-        order = portion(order, self.sgd_batch, self.share)
+        order = shard(order, self.sgd_batch, self.rank, self.world_size)
         shifts = rng.integers(0, 2 * self.crop + 1, (count, 2))  # of every image, by its index
         mirrored = rng.integers(0, 2, count) * self.flip
         draws = torch.from_numpy(np.column_stack([order, shifts[order], mirrored[order]]))
@@ -109,8 +107,9 @@ class Loader:
 
     def test(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """All test images in order, at most `size` at a time."""
-        part, parts = self.share
-        own = (x.tensor_split(parts)[part] for x in (self.test_images, self.test_labels))
+        own = (
+            x.tensor_split(self.world_size)[self.rank] for x in (self.test_images, self.test_labels)
+        )
         for images, labels in zip(*(x.split(size) for x in own), strict=True):
             yield self.normalize(images), labels
 

@@ -1,10 +1,11 @@
 """Images of a folder held in memory at one size, with a cache of what was decoded."""
 
 import hashlib
+import logging
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +15,10 @@ from data.decoding import decode
 from data.listing import printable
 from data.splits import Files, Split
 
+log = logging.getLogger("smallbatch")
 
-def hold(
-    files: Files, part: str, size: int, cache: str, on_error: str, log: Callable[[str], None]
-) -> Split:
+
+def hold(files: Files, part: str, size: int, cache: str, on_error: str) -> Split:
     """The images, short side scaled to `size` and the centre cut out. Raises `ValueError` for one
     that cannot be read, or, if `on_error` is "skip", for a class of which none can.
 
@@ -36,7 +37,9 @@ def hold(
                 return Split(torch.from_numpy(images), files.labels)
             raise ValueError("of another shape")
     except Exception as error:  # of NumPy and zipfile, for whatever the file holds
-        log(f"data.cache={cache}: {name} cannot be read ({_reason(error)}); the images are read")
+        log.warning(
+            f"  data.cache={cache}: {name} cannot be read ({_reason(error)}); the images are read"
+        )
 
     images, unread = np.empty(shape, np.uint8), dict[int, str]()
     for i in _track(len(files), f"reading {printable(files.root)}"):
@@ -63,7 +66,7 @@ def hold(
         if kept:
             _save(kept, images)
     except OSError as error:
-        log(f"data.cache={cache}: cannot be written ({_reason(error)}); nothing is kept")
+        log.warning(f"  data.cache={cache}: cannot be written ({_reason(error)}); nothing is kept")
     return Split(torch.from_numpy(images), files.labels)
 
 

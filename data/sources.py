@@ -18,8 +18,6 @@ from data.listing import Listing, list_images
 from data.memory import hold
 from data.splits import Split, stratified
 
-Log = Callable[[str], None]
-
 
 @dataclass(frozen=True)
 class Source:
@@ -32,8 +30,7 @@ class Source:
     mirror: bool
     """Whether a mirrored image keeps its class."""
     read: Callable[..., tuple[Any, Any]]
-    """Training and test images: two of `Split`, or of `Files`. Takes the function that is told, in
-    a line each, what the user should know."""
+    """Training and test images: two of `Split`, or of `Files`."""
     classes: list[str] = field(default_factory=list)
     """Their names, as far as they are known before it is read, or then."""
     listing: Listing | None = None
@@ -44,7 +41,7 @@ def digits() -> Source:
     """scikit-learn's handwritten digits (1797 images of 8x8 in 17 grey levels; part of UCI's
     Optical Recognition of Handwritten Digits): four fifths of each class train, one fifth tests."""
 
-    def read(log: Log = print) -> tuple[Split, Split]:
+    def read() -> tuple[Split, Split]:
         # The file itself: load_digits brings all of scikit-learn and scipy, seconds before a start.
         package = importlib.util.find_spec("sklearn")
         if package is None or package.origin is None:
@@ -63,7 +60,7 @@ def synthetic(
 ) -> Source:
     """Random pixels and labels, for measuring speed."""
 
-    def read(log: Log = print) -> tuple[Split, Split]:
+    def read() -> tuple[Split, Split]:
         generator = torch.Generator().manual_seed(0)
 
         def make(count: int) -> Split:
@@ -90,7 +87,7 @@ def cifar(name: str, root: str | None, cache: str, on_error: str = "raise") -> S
 
     names: list[str] = []
 
-    def read(log: Log = print) -> tuple[Split, Split]:
+    def read() -> tuple[Split, Split]:
         from torchvision import datasets
 
         place = Path(str(cache)).expanduser()
@@ -150,11 +147,11 @@ def folder(
             f"from disk as they are needed"
         )
 
-    def read(log: Log = print) -> tuple[Any, Any]:
+    def read() -> tuple[Any, Any]:
         if on_disk:
             return listing.train, listing.test
-        train = hold(listing.train, "train", size, cache, on_error, log)
-        return train, hold(listing.test, test, size, cache, on_error, log)
+        train = hold(listing.train, "train", size, cache, on_error)
+        return train, hold(listing.test, test, size, cache, on_error)
 
     return Source(
         len(listing.classes), 3, size, len(listing.train), True, read, listing.classes, listing

@@ -6,11 +6,12 @@ travel as bytes. As with data that lives on the device, order and augmentation a
 middle reads nothing of what it skips.
 """
 
+import logging
 import multiprocessing
 import os
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -19,10 +20,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from data.decoding import decode
-from data.loader import Share, check_size, portion
+from data.loader import check_size, shard
 from data.splits import Files, describe_skipped
 from data.transforms import COLOURS, CROPS, centre, cut, scale
 
+log = logging.getLogger("smallbatch")
 BLOCK = 32  # images that a worker delivers at once, however small or large the SGD batch
 TRIES = 100  # images in a row that may be unreadable
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's pixels, from 0 to 1
@@ -129,7 +131,7 @@ class Stream:
     AlexNet's colour noise; `pixels`: "standardized" by ImageNet's mean and deviation, or "bgr_255",
     BGR from 0 to 255. Evaluation scales the short side to `resize` and cuts the middle out.
     `workers`: processes; 0: none; None: as many as torch has threads. `on_error`: "raise", or
-    "skip" unreadable images and `say` how many at the end of a pass: evaluation leaves them out,
+    "skip" unreadable images and log how many at the end of a pass: evaluation leaves them out,
     training takes the next one instead.
 
     Batches raise `ValueError` for an unreadable image, `ChildProcessError` if a worker is gone.
@@ -150,12 +152,12 @@ class Stream:
         workers: int | None = None,
         on_error: str = "raise",
         device: torch.device | str = "cpu",
-        say: Callable[[str], None] = print,
-        share: Share = (0, 1),
+        rank: int = 0,
+        world_size: int = 1,
     ):
         check_size(sgd_batch, len(train))
-        self.share = share
-        self.seed, self.sgd_batch, self.say = seed, sgd_batch, say
+        self.rank, self.world_size = rank, world_size
+        self.seed, self.sgd_batch = seed, sgd_batch
         self.updates_per_epoch, self.dropped = divmod(len(train), sgd_batch)
         self._unreadable: dict[str, set[str]] = {"train": set(), "test": set()}
         self.labels, self.test_labels = train.labels, test.labels
@@ -204,13 +206,13 @@ class Stream:
         """The SGD batches of an epoch from number `start` on: (S, 3, H, W) float32, (S,)."""
         order = np.random.default_rng([self.seed, epoch]).permutation(len(self.labels))
         order = order[start * self.sgd_batch : len(self) * self.sgd_batch]
-        order = portion(order, self.sgd_batch, self.share)
-        return self.batches(self.read("train", epoch, order), self.sgd_batch // self.share[1])
+        order = shard(order, self.sgd_batch, self.rank, self.world_size)
+        return self.batches(self.read("train", epoch, order), self.sgd_batch // self.world_size)
 
     def test(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """All test images in order, at most `size` at a time."""
-        part, parts = self.share
-        order = np.array_split(np.arange(len(self.test_labels)), parts)[part]
+        images = np.arange(len(self.test_labels))
+        order = np.array_split(images, self.world_size)[self.rank]
         return self.batches(self.read("test", None, order), size)
 
     def sample(self, count: int) -> Tensor:
@@ -259,7 +261,7 @@ class Stream:
             ) from error
         finally:  # also where the last update comes before the epoch's end
             if unread:
-                self.say(f"  {describe_skipped(split, unread)}")
+                log.warning(f"  {describe_skipped(split, unread)}")
 
     def check(self, block: Block, least: int) -> None:
         """Raise `ValueError` if an image could not be read and none may be skipped, or if fewer

@@ -2,18 +2,17 @@
 
     python examples/own_network.py
 
-It needs the layers alone (`pip install .`), downloads nothing and takes a minute on a CPU core. Each
-network is trained on batches of two images and then judged in evaluation mode, which is where batch
-norm pays for small batches: its running statistics are not those that it was trained with.
+It needs the layers alone (`pip install .`), downloads nothing and takes half a minute on a CPU.
+Each network is trained on batches of two images and then judged in evaluation mode, where batch norm
+pays for small batches: its running statistics are not those that it was trained with.
 """
 
 import argparse
 
+import smallbatch
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-import smallbatch
 
 SCHEMES = {
     "bn": {},

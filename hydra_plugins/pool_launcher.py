@@ -23,10 +23,10 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 from rich.progress import Progress, TaskID
 
-from training.cli import PATIENCE, WORKER, Report
+from training.cli import GRACE_SECONDS, WORKER, Report
 from training.config import search_path
 from training.files import read, write
-from training.progress import columns, console, say
+from training.progress import columns, console, log
 from training.study import Cell, cells, state
 
 MOST = 1024  # threads or runs
@@ -99,9 +99,9 @@ class PoolLauncher(Launcher):
         if not todo:
             return [returns[index] for index in sorted(returns)]
         free = self.places()
-        self.share = self.threads or max(1, cores() // len(free))
-        say(
-            f"{len(todo)} runs, {len(free)} at a time, CPU threads of each: {self.share}"
+        self.threads_per_run = self.threads or max(1, cores() // len(free))
+        log.info(
+            f"{len(todo)} runs, {len(free)} at a time, CPU threads of each: {self.threads_per_run}"
             + (f"; GPUs {', '.join(dict.fromkeys(free))}" if free[0] else "")
         )
         working: list[Worker] = []
@@ -146,7 +146,7 @@ class PoolLauncher(Launcher):
             return None  # a process will refuse it, or start it again
         if self.data_differ(cell):
             return None
-        say(f"{cell.folder}: {now} already, skipped")
+        log.info(f"{cell.folder}: {now} already, skipped")
         return self.completed(cell)
 
     def data_differ(self, cell: Cell) -> bool:
@@ -159,7 +159,7 @@ class PoolLauncher(Launcher):
         key = OmegaConf.to_yaml(cell.cfg.data, resolve=True) + str(cell.cfg.recipe.crop)
         try:
             if key not in self.listings:
-                self.listings[key] = data.find(cell.cfg.data, 1, cell.cfg.recipe).listing
+                self.listings[key] = data.resolve(cell.cfg.data, 1, cell.cfg.recipe).listing
             return bool(dataset.compare(cell.folder, cell.cfg, self.listings[key]))
         except (ValueError, OSError):
             return True
@@ -167,18 +167,18 @@ class PoolLauncher(Launcher):
     def start(self, cell: Cell, index: int, place: str) -> Worker:
         cell.folder.mkdir(parents=True, exist_ok=True)
         (cell.folder / "error.txt").unlink(missing_ok=True)  # of an earlier attempt
-        environment = os.environ | {WORKER: "pool", "OMP_NUM_THREADS": str(self.share)}
+        environment = os.environ | {WORKER: "pool", "OMP_NUM_THREADS": str(self.threads_per_run)}
         overrides = list(cell.overrides)
         if place:
             environment["CUDA_VISIBLE_DEVICES"] = place
             overrides.append("device=cuda")  # rather than auto, which would be content without
         environment.pop("HYDRA_FULL_ERROR", None)  # that of cli.run
-        with open(cell.folder / "log.txt", "ab") as log:
+        with open(cell.folder / "log.txt", "ab") as output:
             process = subprocess.Popen(
                 [sys.executable, self.script, *overrides],
                 stdin=subprocess.PIPE,
-                stdout=log,
-                stderr=log,
+                stdout=output,
+                stderr=output,
                 env=environment,
                 start_new_session=True,  # Ctrl-C on the terminal reaches the launcher alone
             )
@@ -207,15 +207,17 @@ class PoolLauncher(Launcher):
         if code > 0 or (code < 0 and not over):
             last = last_line(cell.folder / "log.txt").removeprefix("error: ")
             return self.failed(cell, now.text if now.name == "failed" else last)
-        say(f"{cell.folder}: {now.name} {now.text}" if over else last_line(cell.folder / "log.txt"))
+        log.info(
+            f"{cell.folder}: {now.name} {now.text}" if over else last_line(cell.folder / "log.txt")
+        )
         return self.completed(cell)
 
     def stop(self, working: list[Worker]) -> None:
-        """End what still runs: with a checkpoint if that takes no longer than `PATIENCE`. A line of
-        each says what came of it."""
+        """End what still runs: with a checkpoint if that takes no longer than `GRACE_SECONDS`. A
+        line of each says what came of it."""
         for worker in working:
             worker.process.send_signal(signal.SIGTERM)
-        deadline = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + GRACE_SECONDS
         for worker in working:
             try:
                 worker.process.wait(max(0.0, deadline - time.monotonic()))
@@ -224,9 +226,9 @@ class PoolLauncher(Launcher):
                 worker.process.wait()
             folder, code = worker.cell.folder, worker.process.returncode
             if code == 128 + signal.SIGTERM:
-                say(f"{folder}: {last_line(folder / 'log.txt')}")
+                log.info(f"{folder}: {last_line(folder / 'log.txt')}")
             elif code == -signal.SIGTERM and state(folder).name in ("waiting", "interrupted"):
-                say(f"{folder}: interrupted while it started; nothing is lost")
+                log.info(f"{folder}: interrupted while it started; nothing is lost")
             else:  # by itself, or not in time
                 self.end(worker)
 

@@ -73,7 +73,7 @@ def build(
     block: str = "auto",
     zero_init: bool | str = "auto",
     weights: Any = None,
-    say: Callable[[str], None] = print,
+    log: Callable[[str], None] = print,
 ) -> nn.Module:
     """The network `name` with the layers of `scheme`: (N, in_channels, H, W) -> (N, num_classes).
 
@@ -81,7 +81,7 @@ def build(
     `zero_init`: whether the last norm of each branch starts at zero; "auto" likewise.
     `library`: "timm" or "torchvision", whose network is then converted and keeps its own order and
     start. `weights`: a file, a run's folder, or the name of the library's pretrained ones (timm:
-    True or a tag), to start from; what of them is taken over is told to `say`. Raises `ValueError`
+    True or a tag), to start from; what of them is taken over is told to `log`. Raises `ValueError`
     for anything unknown.
     """
     if block not in ("auto", *ORDERS):
@@ -103,16 +103,14 @@ def build(
         make: Callable[..., ResNet] = partial(ResNet, block=order, **NETWORKS[name])
         zeros = scheme.zero_init if zero_init == "auto" else bool(zero_init)
         model = make(scheme, num_classes, in_channels, zero_init=zeros)
-        if scheme.check:
-            scheme.check(model)
     if weights is None:
         return model
-    state = pretrained.find(weights, library, name, in_channels)
+    state = pretrained.resolve(weights, library, name, in_channels)
     if not library:
         with torch.device("meta"):
             plain = make(norms.build("bn"), num_classes, in_channels, zero_init=False).state_dict()
     what = f"model.weights={weights}"
-    model.complete = pretrained.load(model, plain, state, num_classes, what, say)  # type: ignore[assignment]
+    model.complete = pretrained.load(model, plain, state, num_classes, what, log)  # type: ignore[assignment]
     return model
 
 
@@ -120,7 +118,7 @@ SMALL = 2**17  # pixels in a forward pass that take less time than loading what 
 
 
 @torch.no_grad()
-def rehearse(
+def dry_run(
     model: nn.Module, shape: tuple[int, int, int, int], num_classes: int, meta: bool = False
 ) -> None:
     """A training forward pass without data, for the errors that it would raise.

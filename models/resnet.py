@@ -6,9 +6,11 @@ Orders of a block:
     pws      norm(conv(... relu(x))) + x, or + shortcut(relu(x)) where that convolves
              (arXiv 2103.11590: the identity skips the ReLU and keeps a mean near zero)
     pws_tf   the same with relu(x / sqrt(2)), of the paper's TensorFlow code
+    nf       the same with relu(x) * input_scale, which the scheme sets (arXiv 2101.08692)
 
 The stem ends with a ReLU under `post` and `pws` (the authors' PyTorch code rectifies it although
-every block begins with a ReLU, so the first block's identity is rectified too), not under `pws_tf`.
+every block begins with a ReLU, so the first block's identity is rectified too), not under
+`pws_tf` and `nf`.
 
 Convolutions and norms have the same names under every scheme, so state dicts can be compared.
 """
@@ -34,6 +36,7 @@ ORDERS: dict[str, Callable[[Tensor], Tensor] | None] = {
     "post": None,
     "pws": F.relu,
     "pws_tf": scaled_relu,
+    "nf": F.relu,
 }
 
 
@@ -53,6 +56,7 @@ class Block(nn.Module):
 
     expansion = 1
     last_norm = "norm2"
+    input_scale = 1.0
 
     def __init__(self, cin: int, cout: int, stride: int, order: str, pad: bool, scheme: Scheme):
         super().__init__()
@@ -72,7 +76,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         shortcut = x
         if self.pre:
-            x = self.pre(x)
+            x = self.pre(x) * self.input_scale if self.input_scale != 1 else self.pre(x)
         if self.downsample is not None:
             convolves = not isinstance(self.downsample, PadShortcut)
             shortcut = self.downsample(x if convolves else shortcut)
@@ -150,14 +154,14 @@ class ResNet(nn.Module):
     ):
         super().__init__()
         self.pre = ORDERS[block]
-        end_norm = scheme.end_norm or scheme.norm
+        boundary_norm = scheme.boundary_norm or scheme.norm
         large = stem == "imagenet"
         size, stride, padding = (7, 2, 3) if large else (3, 1, 1)
         channels = widths[0]
         self.conv1 = scheme.conv(in_channels, channels, size, stride=stride, padding=padding)
-        own_act = scheme.norm_act if not (self.pre or scheme.end_norm) else None
-        self.norm1 = (own_act or end_norm)(channels)
-        self.act = unchanged if own_act or block == "pws_tf" else F.relu
+        own_act = scheme.norm_act if not (self.pre or scheme.boundary_norm) else None
+        self.norm1 = (own_act or boundary_norm)(channels)
+        self.act = unchanged if own_act or block in ("pws_tf", "nf") else F.relu
         self.pool = nn.MaxPool2d(3, 2, 1) if large else nn.Identity()
         for i, (width, depth) in enumerate(zip(widths, depths, strict=True), 1):
             blocks = []
@@ -166,13 +170,15 @@ class ResNet(nn.Module):
                 blocks.append(make_block(channels, width, stride, scheme, block, pad))
                 channels = width * blocks[-1].expansion
             self.add_module(f"layer{i}", nn.Sequential(*blocks))
-        self.norm = scheme.end_norm(channels) if scheme.end_norm else nn.Identity()
+        self.norm = scheme.boundary_norm(channels) if scheme.boundary_norm else nn.Identity()
         self.fc = nn.Linear(channels, num_classes)
         nn.init.normal_(self.fc.weight, std=0.01)  # Goyal et al., arXiv 1706.02677, sec. 5.1
         nn.init.zeros_(self.fc.bias)
         self.stages = [f"layer{i}" for i in range(1, len(widths) + 1)]
         if zero_init:
             self.zero_last_norms()
+        if scheme.finish:
+            scheme.finish(self)
 
     def zero_last_norms(self) -> None:
         """Every residual branch starts at zero (arXiv 1706.02677), where its norm has a gain."""

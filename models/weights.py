@@ -75,7 +75,7 @@ def _pretrained(library: str, name: str, channels: int) -> dict[Any, Callable[[]
     return {key: partial(models.get_model, name, weights=known[key]) for key in known}
 
 
-def find(weights: Any, library: str | None, name: str, channels: int) -> State:
+def resolve(weights: Any, library: str | None, name: str, channels: int) -> State:
     """The state dict that the key `model.weights` means: a file's, a run's or, downloaded where it
     is not there yet, that of a library's pretrained network. Raises `ValueError`."""
     named = _pretrained(library, name, channels) if library else {}
@@ -135,7 +135,7 @@ def load(
     state: State,
     num_classes: int,
     what: str,
-    say: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> bool:
     """Start `model` from `state`, which is of this very network or of the one with batch norms.
 
@@ -177,5 +177,5 @@ def load(
     ):
         if keys:
             parts += [f"{why}: {keys[0]}" + (f" and {len(keys) - 1} more" if keys[1:] else "")]
-    say(f"  {what}: {'; '.join(parts)}")
+    log(f"  {what}: {'; '.join(parts)}")
     return same

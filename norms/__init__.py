@@ -17,6 +17,8 @@ from .brn import BatchRenorm2d
 from .convert import Conversion, conversion, convert
 from .fold import fold
 from .mabn import CenteredConv2d, MABN2d
+from .online import OnlineNorm2d
+from .powernorm import PowerNorm2d
 from .pws import PWSConv2d
 from .scheme import Scheme
 from .ws_gn import WSConv2d
@@ -29,7 +31,9 @@ __all__ = [
     "EstimatedBatchNorm2d",
     "GhostBatchNorm2d",
     "MABN2d",
+    "OnlineNorm2d",
     "PWSConv2d",
+    "PowerNorm2d",
     "Scheme",
     "WSConv2d",
     "build",
@@ -42,7 +46,7 @@ __all__ = [
 __version__ = "0.1.0"
 
 # Files of this folder that are no method:
-_SHARED = {"convert", "fold", "layer", "moments", "scheme", "standardized"}
+_SHARED = {"backward", "blocks", "convert", "fold", "layer", "moments", "scheme", "standardized"}
 
 
 def names() -> list[str]:

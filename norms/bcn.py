@@ -229,5 +229,5 @@ def scheme(
         norm=partial(_layer, groups=groups, min_channels=min_channels, **options),
         zero_init=True,
         channels_last=True,
-        check=check_groups(groups, min_channels),
+        finish=check_groups(groups, min_channels),
     )

@@ -31,6 +31,8 @@ class GhostBatchNorm2d(BatchStatisticsNorm):
     """
 
     state = {"running_mean": 0.0, "running_var": 1.0, "num_batches_tracked": 0}
+    lr_divisor: dict[str, float]  # of the learning rate of a parameter
+    no_weight_decay: tuple[str, ...]
 
     def __init__(
         self,
@@ -101,11 +103,31 @@ class GhostBatchNorm2d(BatchStatisticsNorm):
         return frozen_batch_norm(self, self.running_mean, self.running_var)
 
 
-def scheme(batch_size: int | None = None, eps: float = 1e-5, momentum: float = 0.1) -> Scheme:
+def scaled(channels: int, init_scale: float, lr_divisor: float, **options: Any) -> GhostBatchNorm2d:
+    """Batch norm whose gain starts at `init_scale` and learns slower by `lr_divisor`, then without
+    weight decay (arXiv 2110.13989)."""
+    layer = GhostBatchNorm2d(channels, **options)
+    layer.init_scale = init_scale
+    layer.reset_parameters()
+    if lr_divisor != 1:
+        layer.lr_divisor, layer.no_weight_decay = {"weight": lr_divisor}, ("weight", "bias")
+    return layer
+
+
+def scheme(
+    batch_size: int | None = None,
+    eps: float = 1e-5,
+    momentum: float = 0.1,
+    init_scale: float = 1.0,
+    lr_divisor: float = 1.0,
+) -> Scheme:
     """Plain convolutions and batch norm. `momentum` is PyTorch's: the weight of the new value."""
+    if lr_divisor <= 0:
+        raise ValueError(f"norm.lr_divisor={lr_divisor}: expected a number above 0")
+    norm = partial(scaled, init_scale=init_scale, lr_divisor=lr_divisor)
     return Scheme(
         name="bn",
         conv=partial(conv, CONV),
-        norm=partial(GhostBatchNorm2d, batch_size=batch_size, eps=eps, momentum=momentum),
+        norm=partial(norm, batch_size=batch_size, eps=eps, momentum=momentum),
         channels_last=True,
     )

@@ -15,8 +15,8 @@ What stays of the host: names, hooks, training mode, type and device, what is ti
 every parameter that the new layer has in the same shape, as the same object, so that an optimizer
 made before goes on. A batch norm's parameters and statistics go to what means the same: a batch
 norm, the one inside BCN, BRN's moving values; to nothing of MABN's. Where the scheme normalizes
-only at the ends (PWS), the first and the last norm become its end norms and all others `Identity`,
-and every convolution gets a bias; the host's block order stays.
+only at the ends (PWS), the first and the last norm become its boundary norms, all others
+`Identity`, and every convolution gets a bias; the host's block order stays.
 """
 
 import warnings
@@ -85,8 +85,8 @@ class Conversion:
         for name, new in self.swapped.items():
             replace_module(root, f"host.{name}".rstrip("."), new)
         try:
-            if self.scheme.check:
-                self.scheme.check(root["host"])
+            if self.scheme.finish:
+                self.scheme.finish(root["host"])
         except ValueError:
             for name in self.swapped:
                 replace_module(root, f"host.{name}".rstrip("."), self.layers[name])
@@ -98,7 +98,7 @@ def _activate(module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor
     return module.act(module.drop(output))
 
 
-def _share(new: nn.Module, old: nn.Module) -> None:
+def reuse_parameters(new: nn.Module, old: nn.Module) -> None:
     """Give `new` the parameters of `old` that it has in the same shape, the objects themselves,
     except those that the scheme fixes (BRN's gain)."""
     for name, own in new._parameters.items():
@@ -107,7 +107,7 @@ def _share(new: nn.Module, old: nn.Module) -> None:
             new._parameters[name] = given
 
 
-def _take_over(new: nn.Module, old: nn.Module) -> None:
+def copy_attributes(new: nn.Module, old: nn.Module) -> None:
     """Device, type, mode, hooks; whether everything is frozen."""
     for name in HOOKS:
         value = getattr(old, name, None)
@@ -127,8 +127,8 @@ def _reference(layer: nn.Module) -> Tensor | None:
 
 
 @torch.no_grad()
-def _new_norm(old: Any, scheme: Scheme, at_end: bool, dim: int) -> nn.Module:
-    make = scheme.end_norm if scheme.end_norm and at_end else scheme.norm
+def _new_norm(old: Any, scheme: Scheme, at_boundary: bool, dim: int) -> nn.Module:
+    make = scheme.boundary_norm if scheme.boundary_norm and at_boundary else scheme.norm
     act = getattr(old, "act", nn.Identity())  # timm's BatchNormAct2d has its activation inside
     if scheme.norm_act and not isinstance(act, nn.Identity):
         make, act = scheme.norm_act, nn.Identity()
@@ -146,11 +146,11 @@ def _new_norm(old: Any, scheme: Scheme, at_end: bool, dim: int) -> nn.Module:
                 if isinstance(layer, nn.GroupNorm):
                     layer.affine = False
     inside = new.bn if isinstance(new, BatchChannelNorm2d) else new
-    _share(inside, old)
+    reuse_parameters(inside, old)
     if isinstance(inside, BatchStatisticsNorm | nn.SyncBatchNorm):
         inside.dim = dim
-        _take_over_statistics(inside, old)
-    _take_over(new, old)
+        _copy_statistics(inside, old)
+    copy_attributes(new, old)
     if hasattr(old, "act"):
         new.add_module("drop", getattr(old, "drop", nn.Identity()))
         new.add_module("act", act)
@@ -158,7 +158,7 @@ def _new_norm(old: Any, scheme: Scheme, at_end: bool, dim: int) -> nn.Module:
     return new
 
 
-def _take_over_statistics(new: Any, old: Any) -> None:
+def _copy_statistics(new: Any, old: Any) -> None:
     """A batch norm's running statistics where they mean the same."""
     same = "num_batches_tracked" in new._buffers
     if old.running_mean is None:
@@ -215,8 +215,8 @@ def _new_conv(old: Any, scheme: Scheme) -> nn.Module | None:
     ).to(old.weight.device, old.weight.dtype)
     if old.bias is not None and new.bias is None:
         new.bias = old.bias
-    _share(new, old)
-    _take_over(new, old)
+    reuse_parameters(new, old)
+    copy_attributes(new, old)
     return new
 
 

@@ -69,5 +69,5 @@ def scheme(batch_size: int | None = None, eps: float = 1e-3, momentum: float = 0
         conv=partial(conv, CONV),
         norm=partial(norm, apply_act=False),
         norm_act=norm,
-        check=partial(check_acts, name="evonorm_b0"),
+        finish=partial(check_acts, name="evonorm_b0"),
     )

@@ -84,6 +84,6 @@ def scheme(
         conv=partial(conv, CONV),
         norm=partial(norm, apply_act=False),
         norm_act=norm,
-        batch_free=True,
-        check=partial(_check, fit=check_groups(groups, min_channels)),
+        batch_independent=True,
+        finish=partial(_check, fit=check_groups(groups, min_channels)),
     )

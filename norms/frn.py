@@ -35,5 +35,5 @@ def scheme(batch_size: int | None = None, eps: float = 1e-5) -> Scheme:
         conv=partial(conv, CONV),
         norm=partial(FilterResponseNorm2d, apply_act=False, eps=eps),
         norm_act=partial(FilterResponseNorm2d, eps=eps),
-        batch_free=True,
+        batch_independent=True,
     )

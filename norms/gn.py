@@ -111,6 +111,6 @@ def scheme(
         conv=partial(conv, CONV),
         norm=norm,
         zero_init=True,
-        batch_free=True,
-        check=check,
+        batch_independent=True,
+        finish=check,
     )

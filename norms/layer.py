@@ -59,6 +59,8 @@ class BatchStatisticsNorm(Leaf, nn.BatchNorm2d):
 
     state: dict[str, float] = {}
     dim: int | None = None  # of the maps, where `convert` has seen it: `fold` has to know
+    init_scale = 1.0  # what the gain starts at
+    centers = True  # whether the mean is removed
     batch_size: int | None
     running_mean: Any  # None where a tool has taken them away
     running_var: Any
@@ -118,7 +120,7 @@ class BatchStatisticsNorm(Leaf, nn.BatchNorm2d):
         """Set gain, shift and state to their first values."""
         self.reset_running_stats()
         if self.weight is not None:
-            nn.init.ones_(self.weight)
+            nn.init.constant_(self.weight, self.init_scale)
             nn.init.zeros_(self.bias)
 
     def gain_and_shift(self) -> tuple[Tensor, Tensor]:

@@ -20,5 +20,5 @@ def scheme(batch_size: int | None = None, eps: float = 1e-5) -> Scheme:
         conv=partial(conv, CONV),
         norm=partial(nn.GroupNorm, 1, eps=eps),
         zero_init=True,
-        batch_free=True,
+        batch_independent=True,
     )

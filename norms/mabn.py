@@ -38,6 +38,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import moments as m
+from .backward import check_float16, move_state, state_before, vmap_error
 from .layer import BatchStatisticsNorm
 from .scheme import Scheme, conv, frozen_batch_norm
 from .standardized import StandardizedConv
@@ -66,93 +67,58 @@ class CenteredConv3d(WeightCentralization, nn.Conv3d):
 CENTERED_CONV = {1: CenteredConv1d, 2: CenteredConv2d, 3: CenteredConv3d}
 
 
-def window_means(window: Tensor, new: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
-    """For each of G new (G, C) values the mean of the last m, itself included, or, where `own`,
-    just the value itself; and the m last values. `window`: the m values before, oldest first."""
+def window_means(window: Tensor, new: Tensor, use_batch: Tensor) -> tuple[Tensor, Tensor]:
+    """For each of G new (G, C) values the mean of the last m, itself included, or, where
+    `use_batch`, just the value itself; and the m last values. `window`: the m values before, oldest
+    first."""
     size = len(window)
     values = torch.cat([window[1:], new.to(window.dtype)])
     means = values.unfold(0, size, 1).mean(-1) if len(new) > 1 else values.mean(0, keepdim=True)
-    return torch.where(own, new, means), values[-size:]
-
-
-NO_VMAP = (
-    "MABN2d: in training its statistics and gradients move from batch to batch, which torch.vmap "
-    "cannot follow; expected evaluation mode"
-)
-
-
-BATCHED = (torch._C._functorch.is_batchedtensor, torch._C._functorch.is_legacy_batchedtensor)
-
-
-class _NoDerivative(torch.autograd.Function):
-    """Its first argument, which depends on the others; asked for the derivative, an error."""
-
-    @staticmethod
-    def forward(dx: Tensor, *on: Tensor) -> Tensor:
-        return dx.clone()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        raise RuntimeError(
-            "MABN2d: its backward pass is not the derivative of a function, so there is no second "
-            "derivative through it in training; norm=bcn and norm=gn have one"
-        )
+    return torch.where(use_batch, new, means), values[-size:]
 
 
 class _MABN(torch.autograd.Function):
     """y = weight * gain * x + bias, and MABN's gradient, for all groups of a batch at once.
 
-    x: (N, C, *); weight, bias: (C,); gain, inverse: (G, C); own: (G, 1). `window`, (m, C), holds
-    psi of the batches before, which the first backward pass moves on unless `frozen`.
+    x: (N, C, *); weight, bias: (C,); gain, inverse: (G, C); use_batch: (G, 1). `window`,
+    (m, C), holds psi of the batches before, which the first backward pass moves on unless `frozen`.
     """
 
     @staticmethod
     def forward(
-        x: Tensor, weight: Tensor, bias: Tensor, gain: Tensor, inverse: Tensor, own: Tensor,
+        x: Tensor, weight: Tensor, bias: Tensor, gain: Tensor, inverse: Tensor, use_batch: Tensor,
         window: Tensor, frozen: bool,
     ) -> Tensor:  # fmt: skip
         return m.scale_and_shift(x, weight * gain, bias[None])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
-        x, weight, _, gain, inverse, own, ctx.window, ctx.frozen = inputs
-        ctx.save_for_backward(x, weight, gain, inverse, own)
+        x, weight, _, gain, inverse, use_batch, *ctx.state, ctx.frozen = inputs
+        ctx.save_for_backward(x, weight, gain, inverse, use_batch)
         ctx.before = None
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
-        if not torch.compiler.is_compiling() and any(is_(dy) for is_ in BATCHED):
-            raise RuntimeError(NO_VMAP)
-        x, weight, gain, inverse, own = ctx.saved_tensors
-        if ctx.before is None:
-            ctx.before = ctx.window.clone()
-        gradients, psi = gradients_of(dy, x, weight, gain, inverse, own, ctx.before)
-        if not ctx.frozen:
-            # Unmoved by what is infinite or NaN.
-            ctx.window.copy_(torch.where((psi * 0).sum() == 0, psi, ctx.window))
-            ctx.frozen = True  # another pass over this graph finds what this one found
-        if torch.is_grad_enabled():
-            gradients = [_NoDerivative.apply(g, dy, x, weight) for g in gradients]
+        x, weight, gain, inverse, use_batch = ctx.saved_tensors
+        (window,) = state_before(ctx, "MABN2d", dy)
+        gradients, psi = gradients_of(dy, x, weight, gain, inverse, use_batch, window)
+        gradients = move_state(ctx, "MABN2d", gradients, [psi], (dy, x, weight))
         return *gradients, None, None, None, None, None
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
-        raise RuntimeError(NO_VMAP)
+        raise vmap_error("MABN2d")
 
 
 def gradients_of(
-    dy: Tensor, x: Tensor, weight: Tensor, gain: Tensor, inverse: Tensor, own: Tensor,
+    dy: Tensor, x: Tensor, weight: Tensor, gain: Tensor, inverse: Tensor, use_batch: Tensor,
     window: Tensor,
 ) -> tuple[list[Tensor], Tensor]:  # fmt: skip
     """The gradients of x, weight and bias, and the window moved on."""
     total, product = m.sum_maps(m.promote(dy)), m.sum_maps(m.promote(dy) * x)
     total, product = m.sum_groups(total, len(gain)), m.sum_groups(product, len(gain))
     a = weight * gain
-    psi_bar, moved = window_means(window, a * product * (total.numel() / x.numel()), own)
+    psi_bar, moved = window_means(window, a * product * (total.numel() / x.numel()), use_batch)
     b = -(inverse**2) * psi_bar
     a, b = (m.over_images(v, x) for v in m.realized(a, b))
     dx = (dy * a + x * b).to(x.dtype)
@@ -213,55 +179,51 @@ class MABN2d(BatchStatisticsNorm):
         if not self.training or x.shape[0] == 0:
             state = (self.running_mean, self.running_square, self.weight, self.bias)
             return F.batch_norm(x, *state, training=False, eps=self.eps)
-        if x.dtype == torch.float16 and torch.is_grad_enabled():
-            raise ValueError(
-                "MABN2d: averages gradients over batches, and float16 needs a loss scale that "
-                "changes between them; expected float32 or bfloat16"
-            )
+        check_float16("MABN2d", x)
         groups = m.count_groups(x, self.batch_size)
         square = m.sum_groups(m.mean_square(x.detach()), groups) * (groups / x.shape[0])
-        gain, inverse, own = self.once(self.update, square)
+        gain, inverse, use_batch = self.once(self.update, square)
         weight, bias = self.gain_and_shift()
         return _MABN.apply(
-            x, weight, bias, gain, inverse, own, self.window_product, self.momentum == 0
+            x, weight, bias, gain, inverse, use_batch, self.window_product, self.momentum == 0
         )
 
     @torch.no_grad()
     def update(self, square: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """From chi of every group to r / sqrt(chi_bar + eps) and 1 / sqrt(chi_bar + eps), (G, C),
         and which groups use their own values, (G, 1); and the move of the forward state."""
-        chi, running, free, own = (self.imagenet if self.version == "imagenet" else self.release)(
-            square, self.num_batches_averaged
-        )
+        chi, running, renorm, use_batch = (
+            self.imagenet if self.version == "imagenet" else self.release
+        )(square, self.num_batches_averaged)
         root = torch.sqrt(chi + self.eps)
         r = (root / torch.sqrt(running + self.eps)).clamp(1 / 5, 5)
-        return torch.where(free, r, 1.0) / root, 1 / root, own
+        return torch.where(renorm, r, 1.0) / root, 1 / root, use_batch
 
     def release(self, square: Tensor, count: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """chi_bar, chi_run before each group, whether its r is free and whether it uses its own
-        values."""
+        """chi_bar, chi_run before each group, whether renorm (r) is active and whether the group
+        uses its own values."""
         step = count + torch.arange(1, len(square) + 1, device=square.device)[:, None]
-        own = step < max(len(self.window_square) + 1, self.warmup)
-        chi, window = window_means(self.window_square, square, own)
+        use_batch = step < max(len(self.window_square) + 1, self.warmup)
+        chi, window = window_means(self.window_square, square, use_batch)
         before, after = m.moving_average(len(chi), self.momentum, count)(self.running_square, chi)
         self.commit(
             running_square=after[-1],
             window_square=window,
             num_batches_averaged=count + len(square),
         )
-        return chi, before, step > max(1000, self.warmup), own
+        return chi, before, step > max(1000, self.warmup), use_batch
 
     def imagenet(self, square: Tensor, count: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The same in the other version."""
         steps, running = self.num_steps, self.running_square.clone()
-        own = (count - self.batches_in_step < len(self.window_square)).expand(len(square), 1)
-        chi, window = window_means(self.window_square, square, own)
+        use_batch = (count - self.batches_in_step < len(self.window_square)).expand(len(square), 1)
+        chi, window = window_means(self.window_square, square, use_batch)
         total, inside = self.step_square + chi.sum(0), self.batches_in_step + len(square)
         ends = inside >= (self.batches_per_step or len(square))
         mean = total / inside
         _, moved = m.moving_average(1, self.momentum, steps)(running, mean[None])
         moved = torch.where(steps == 0, mean, moved[0])
-        free = (steps + 1 >= self.warmup).expand_as(own)
+        renorm = (steps + 1 >= self.warmup).expand_as(use_batch)
         self.commit(
             running_square=torch.where(ends, moved, running),
             window_square=window,
@@ -270,7 +232,9 @@ class MABN2d(BatchStatisticsNorm):
             num_steps=steps + ends,
             num_batches_averaged=count + len(square),
         )
-        return chi, running[None], free, own
+        return chi, running[None], renorm, use_batch
+
+    centers = False
 
     @property
     def running_mean(self) -> Tensor:  # type: ignore[override]  # nothing is centred
@@ -288,10 +252,10 @@ class MABN2d(BatchStatisticsNorm):
         # A window of another batch size has another length: each of its new rows is its mean, so
         # that the averages go on from where they were.
         for name in ("window_square", "window_product"):
-            own = getattr(self, name)
-            given = state_dict.get(prefix + name, own)
-            if given.shape[1:] == own.shape[1:] and len(given) != len(own):
-                state_dict[prefix + name] = given.mean(0, keepdim=True).expand(len(own), -1)
+            window = getattr(self, name)
+            given = state_dict.get(prefix + name, window)
+            if given.shape[1:] == window.shape[1:] and len(given) != len(window):
+                state_dict[prefix + name] = given.mean(0, keepdim=True).expand(len(window), -1)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:

@@ -15,6 +15,6 @@ def scheme(batch_size: int | None = None) -> Scheme:
         name="none",
         conv=partial(biased_conv, CONV),
         norm=identity,
-        batch_free=True,
+        batch_independent=True,
         channels_last=True,
     )

@@ -151,9 +151,9 @@ def scheme(
         needs_conv=True,
         conv=partial(conv, gamma=gamma, equiv=equiv, mode=mode, uniform=plain),
         norm=identity,
-        end_norm=identity if plain else partial(nn.GroupNorm, 1),
+        boundary_norm=identity if plain else partial(nn.GroupNorm, 1),
         block="pws_tf" if plain else "pws",
-        batch_free=True,
+        batch_independent=True,
         channels_last=True,
         initialize=initialize_alpha if initalpha else None,
     )

@@ -1,6 +1,7 @@
 """What a network asks of a normalization method, and the initialization that they share."""
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -24,13 +25,13 @@ class Scheme:
     """The layer after a convolution with that many output channels."""
     norm_act: Callable[[int], nn.Module] | None = None
     """The norm with its own activation, in place of norm and ReLU, where a method has one."""
-    end_norm: Callable[[int], nn.Module] | None = None
+    boundary_norm: Callable[[int], nn.Module] | None = None
     """The norm after the stem and after the last stage, where a method normalizes only there."""
     block: str = "post"
-    """The order in a residual block that the method's paper uses: `post`, `pws` or `pws_tf`."""
+    """The order in a residual block that the method's paper uses: see `models/resnet.py`."""
     zero_init: bool = False
     """Whether the paper starts the last norm of every residual branch at zero."""
-    batch_free: bool = False
+    batch_independent: bool = False
     """Whether no statistic ever crosses images: then the batch size changes nothing."""
     needs_conv: bool = False
     """Whether a norm is the method's only behind the method's own convolution."""
@@ -41,8 +42,14 @@ class Scheme:
     their statistics per channel; group norm loses as much."""
     initialize: Callable[[nn.Module, Tensor], None] | None = None
     """A data-dependent start: called once with training images, before the first step."""
-    check: Callable[[nn.Module], None] | None = None
-    """Raises `ValueError` if the options make no sense for the finished network."""
+    after_step: Callable[[nn.Module], None] | None = None
+    """Called with the network after every optimizer step."""
+    second_pass: Callable[[nn.Module], AbstractContextManager[None]] | None = None
+    """If given, after every optimizer step the same images pass forward again, without gradients,
+    within this context."""
+    finish: Callable[[nn.Module], None] | None = None
+    """Sees the finished network, to link or replace layers; raises `ValueError`, before it changes
+    anything, if the options make no sense for it."""
 
 
 CONV: dict[int, type[nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}

@@ -37,7 +37,7 @@ class SyncBatchNorm2d(Leaf, nn.SyncBatchNorm):
             raise ValueError(
                 f"norm=sync_bn: a forward pass of {input.shape[0]} images with batch="
                 f"{self.batch_size}; its statistics span a whole pass: expected "
-                f"protocol=accumulate, direct or protocol.forward={self.batch_size}"
+                f"protocol=accumulate, direct or protocol.micro_batch={self.batch_size}"
             )
         world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
         if world == 1:

@@ -94,6 +94,6 @@ def scheme(
         name="ws_gn",
         conv=ws_conv(eps=ws_eps, unbiased=unbiased, eps_inside=eps_inside),
         norm=norm,
-        batch_free=True,
-        check=check,
+        batch_independent=True,
+        finish=check,
     )

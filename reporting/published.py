@@ -14,7 +14,13 @@ import pandas as pd
 from omegaconf import OmegaConf
 
 FILE = Path(__file__).resolve().parent.parent / "results" / "published.yaml"
-VARIANTS = {"G": "norm.groups"}  # as in "GN (G=16)"
+VARIANTS = {  # keys of what stands in brackets, as in "GN (G=16)"
+    "G": "norm.groups",
+    "statistics": "evaluation.statistics",
+    "B": "evaluation.batch_size",
+    "freeze_statistics": "recipe.freeze_statistics",
+}
+USUAL = {"evaluation.statistics": "running", "recipe.freeze_statistics": "0"}  # where none is told
 SOURCE = ["paper", "table", "model", "dataset", "source"]
 KIN = ["method", "network", "images"]  # our names, by which a row is found
 
@@ -42,7 +48,7 @@ def table() -> pd.DataFrame:
         method=rows["norm"].map(scheme),
         network=rows["model"].map(lambda model: names["models"].get(model, [])),
         images=rows["dataset"].map(lambda data: names["data"].get(data, [])),
-        free=[norm.split(" (")[0] in names["batch_free"] for norm in rows["norm"]],
+        free=[norm.split(" (")[0] in names["batch_independent"] for norm in rows["norm"]],
     )
 
 
@@ -99,7 +105,7 @@ def beside(cells: pd.DataFrame, reference: Reference, metric: str, errors: bool)
     found = cells.merge(reference.rows(metric, errors), on=KIN, how="inner", suffixes=("_ours", ""))
     if found.empty:
         return found.assign(unplaced=False)
-    variants = [variant(row["norm"], row["config"]) for _, row in found.iterrows()]
+    variants = [variant(row["norm"], row["config"], row["free"]) for _, row in found.iterrows()]
     found = found[pd.Series(variants, found.index, dtype=bool)]
     named, any_sgd = found["norm_batch"].notna(), found["sgd_batch"].isna()
     same = any_sgd | (found["sgd_batch"] == found["sgd_batch_ours"])
@@ -111,10 +117,12 @@ def beside(cells: pd.DataFrame, reference: Reference, metric: str, errors: bool)
     return pd.concat([placed[source == first], found[found["unplaced"]]])
 
 
-def variant(norm: str, config: dict[str, Any]) -> bool:
-    """Whether a configuration has the options that a published name tells: "GN (G=16)"."""
-    told = re.findall(r"([\w/]+)=(\d+)", norm)
-    return all(str(config.get(VARIANTS.get(key, key))) == value for key, value in told)
+def variant(norm: str, config: dict[str, Any], free: bool) -> bool:
+    """Whether a configuration has the options that a published name tells, "GN (G=16)"; a method
+    that is not `free` of batch statistics was evaluated by running ones unless it tells others."""
+    told = {VARIANTS.get(key, key): value for key, value in re.findall(r"([\w/]+)=(\w+)", norm)}
+    expected = told if free else USUAL | told
+    return all(str(config.get(key, USUAL.get(key))) == value for key, value in expected.items())
 
 
 def choose(experiments: Iterable[str | None], tables: list[str] | None = None) -> Reference:

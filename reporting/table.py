@@ -158,6 +158,7 @@ def setting(runs: pd.DataFrame) -> str:
         data += f" ({100 * part:g} % of its training images)" if part < 1 else ""
     if held_out(runs).any():
         data += ", evaluated on held-out training images"
+    used = listed(map(statistics, runs["config"]))
     lengths = sorted(set(over.loc[over["status"] == "finished", "epochs"]))
     ratios = set(runs["sgd_batch_size"] / runs["batch_size"])
     sgd_batch = listed(sorted(set(runs["sgd_batch_size"])))
@@ -166,6 +167,7 @@ def setting(runs: pd.DataFrame) -> str:
         sgd_batch = "equal to the batch size" if times == "1" else f"{times} x the batch size"
     parts = [
         f"{listed(runs['model'])} on {data}",
+        *([f"batch norms by {used}"] if used != statistics({}) else []),
         f"recipe {listed(runs['recipe'])}",
         *([f"{listed(lengths)} epochs"] if lengths else []),
         f"protocol {listed(runs['protocol'])}",
@@ -178,6 +180,23 @@ def setting(runs: pd.DataFrame) -> str:
         if "versions.torch" in over and over["versions.torch"].notna().any():
             parts.append(f"torch {listed(over['versions.torch'].dropna())}")
     return ", ".join(parts)
+
+
+def statistics(config: dict[str, Any]) -> str:
+    """By which the batch norms of a run were evaluated."""
+    size, frozen = config.get("evaluation.batch_size"), config.get("recipe.freeze_statistics")
+    kind = config.get("evaluation.statistics", "running")
+    if kind == "batch":
+        text = f"the statistics of test batches of {size}"
+    elif kind == "precise":
+        text = f"statistics of up to {config.get('evaluation.batches')} training batches of {size}"
+    else:
+        text = "running statistics"
+    if frozen:
+        text += f", frozen in the last {frozen} epochs"
+    if alpha := config.get("evaluation.alpha"):
+        text += f", {alpha:g} of each image's own"
+    return text
 
 
 def dataset(run: pd.Series) -> str:

@@ -2,11 +2,14 @@
 
     python scripts/evaluate.py runs/STUDY/RUN
     python scripts/evaluate.py runs/STUDY/RUN data=folder data.root=PATH device=cpu
+    python scripts/evaluate.py runs/STUDY/RUN evaluation.statistics=precise evaluation.alpha=0.1
     python scripts/evaluate.py runs/STUDY/RUN --folded --csv classes.csv --json evaluation.json
 
 Evaluates the last checkpoint, also of a run that is not over, with the moving average of the
 weights where it has one. Other data (`data=…`, `data.KEY=…`) must have the classes of the run's;
-its pixels are normalized as the run's training images were.
+its pixels are normalized as the run's training images were. `evaluation.KEY=…` chooses the
+statistics by which batch norms normalize, as in training: `precise` looks at the run's training
+images once more, and the training data must be there.
 """
 
 import argparse
@@ -34,6 +37,12 @@ def show(found: dict[str, Any], console: Console) -> None:
     of = "finished" if found["finished"] else f"not over, after update {found['update']}"
     what = [of, *(["moving average of the weights"] if found["weights"] == "average" else [])]
     what += ["folded"] if found["folded"] else []
+    by = found["evaluation"]
+    if by["statistics"] == "precise":
+        what += [f"statistics of up to {by['batches']} training batches of {by['batch_size']}"]
+    elif by["statistics"] == "batch":
+        what += [f"the statistics of test batches of {by['batch_size']}"]
+    what += [f"alpha {by['alpha']:g}"] if by["alpha"] else []
     console.print(f"{found['run']} ({', '.join(what)})", markup=False)
     on = found["data"] + (f", {found['root']}" if found["root"] else "")
     told = {True: "; top-1 as in result.json", False: "; another top-1 than in result.json"}

@@ -67,17 +67,17 @@ def show(made: list[Row], gpus: list[int], limit: float, where: str, console: Co
         )
     for row in made:
         if row.memory > limit:
-            smaller = f"protocol.forward={row.plan.batch} needs less"
+            smaller = f"protocol.micro_batch={row.plan.batch} needs less"
             console.print(
                 f"warning: {row.scheme} at batch {row.plan.batch} needs about "
                 f"{size(row.memory)} and the device has {size(limit)}; "
                 + (
                     smaller
-                    if row.plan.forward > row.plan.batch
+                    if row.plan.micro_batch > row.plan.batch
                     else "only a smaller model needs less"
                 )
             )
-    same = [row for row in made if row.batch_free and row.cfg.protocol.name != "direct"]
+    same = [row for row in made if row.batch_independent and row.cfg.protocol.name != "direct"]
     alike = Counter((row.scheme, row.plan.sgd_batch) for row in same if row.left)
     names = sorted({scheme for (scheme, _), count in alike.items() if count > 1})
     if names:
@@ -109,7 +109,7 @@ def main() -> None:
             parser.error(f"--{option} {value:g}: expected a number above 0")
     try:
         found = cells(jobs(args.overrides), checked=True)
-        where = devices.find(found[0].cfg.device)
+        where = devices.resolve(found[0].cfg.device)
         here = torch.cuda.mem_get_info(where)[1] if where.type == "cuda" else physical_memory()
         limit = args.memory * GIB if args.memory else here
         made = rows(found, args.speed, where, limit)

@@ -23,8 +23,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from training.study import COMMANDS, State, state
-from training.study import asked as study_of
+from training.study import COMMANDS, State, requested, state
 
 MARKS = (".lock", ".hydra", "result.json", "error.txt")  # of a run's folder
 
@@ -49,7 +48,7 @@ def asked(study: Path) -> tuple[dict[Path, str], list[str]]:
     there = sorted({mark.parent for name in MARKS for mark in study.glob(f"*/{name}")})
     if not (study / COMMANDS).exists() and not there:
         raise ValueError(f"{study}: no study; expected a folder such as runs/quickstart")
-    runs, lost = study_of(study)
+    runs, lost = requested(study)
     if lost and not runs and not there:
         raise ValueError(lost[0])
     found = {cell.folder.name: cell.overrides for cell in runs}

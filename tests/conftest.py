@@ -64,7 +64,7 @@ def train(tmp_path, monkeypatch, capfd):
             small = small[1:]
         own = [f"runtime.runs={runs}", "runtime.threads=1"]
         monkeypatch.setattr(training.cli.Report, "failures", 0)
-        monkeypatch.setattr(training.cli.Report, "told", set())
+        monkeypatch.setattr(training.cli.Report, "reported", set())
         monkeypatch.setattr(training.cli.Report, "folders", [])
         flags = [a for a in args if a.startswith("-")]
         rest = [a for a in args if not a.startswith("-")]

@@ -101,10 +101,12 @@ def test_scripts(words, study, monkeypatch, capfd):
     if words[0].endswith("plan.py"):
         words += ["--speed", "1000"]  # which it would measure
     monkeypatch.setattr(sys, "argv", words)
+    status = None
     try:
         runpy.run_path(str(ROOT / words[0]), run_name="__main__")
     except SystemExit as stop:
-        assert not stop.code, capfd.readouterr().err
+        status = stop.code
+    assert not status, capfd.readouterr().err
 
 
 @pytest.mark.parametrize("words", commands("tensorboard"))

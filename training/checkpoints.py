@@ -29,9 +29,9 @@ class Checkpoints:
     def __init__(self, every_updates: int, every_minutes: float, save: Callable[[], None]):
         self.every_updates, self.every_minutes, self.save = every_updates, every_minutes, save
         self.last = time.monotonic()
-        self.asked = self.agreed = 0
-        self.waiting = False
-        self.before: dict[int, Any] = {}
+        self.signal = self.agreed_signal = 0
+        self.idle = False
+        self.handlers_before: dict[int, Any] = {}
 
     def __enter__(self) -> "Checkpoints":
         if threading.current_thread() is threading.main_thread():
@@ -40,27 +40,27 @@ class Checkpoints:
                 if handler not in (signal.SIG_IGN, None) and (
                     number != signal.SIGUSR2 or callable(handler)
                 ):
-                    self.before[number] = signal.signal(number, self.note)
+                    self.handlers_before[number] = signal.signal(number, self.on_signal)
         return self
 
     def __exit__(
         self, kind: type | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self.asked and isinstance(error, StoppedError):
+        if self.signal and isinstance(error, StoppedError):
             self.save()
-        for number, handler in self.before.items():
+        for number, handler in self.handlers_before.items():
             # torchrun ends the others by SIGTERM, but first they say that one was lost
-            unheard = number == signal.SIGTERM and error and distributed.lost(error)
+            unheard = number == signal.SIGTERM and error and distributed.is_lost_peer(error)
             signal.signal(number, signal.SIG_IGN if unheard else handler)
-        if self.asked and error is None:  # it came behind the last checkpoint
-            self.pass_on(self.asked)
+        if self.signal and error is None:  # it came behind the last checkpoint
+            self.hand_over(self.signal)
 
-    def note(self, number: int, frame: FrameType | None) -> None:
+    def on_signal(self, number: int, frame: FrameType | None) -> None:
         """Raises `StoppedError` if the run only waits for images and nobody else takes over."""
-        self.asked = number
+        self.signal = number
         known = (stop, signal.SIG_DFL, signal.default_int_handler)
-        if self.waiting and self.before[number] in known:
-            self.waiting = False
+        if self.idle and self.handlers_before[number] in known:
+            self.idle = False
             raise StoppedError(number)
 
     def interruptible(self, items: Iterable[T]) -> Iterator[T]:
@@ -68,42 +68,42 @@ class Checkpoints:
         agree first."""
         iterator = iter(items)
         while True:
-            self.waiting = distributed.size() == 1
-            if self.asked:
-                self.note(self.asked, None)
+            self.idle = distributed.world_size() == 1
+            if self.signal:
+                self.on_signal(self.signal, None)
             try:
                 item = next(iterator)
             except StopIteration:
                 return
             finally:
-                self.waiting = False
+                self.idle = False
             yield item
 
     def due(self, update: int, pause: bool) -> bool:
         """Whether one is due after `update`. Several processes agree on what only one of them may
         know, its clock and its signals, where there is a `pause` in which all wait anyway."""
         late = 0 < self.every_minutes * 60 < time.monotonic() - self.last
-        if distributed.size() == 1:
-            self.agreed = self.asked
+        if distributed.world_size() == 1:
+            self.agreed_signal = self.signal
         elif pause:
-            wish = torch.tensor([self.asked, late])
-            dist.all_reduce(wish, dist.ReduceOp.MAX)
-            self.agreed, late = int(wish[0]), bool(wish[1])
+            wanted = torch.tensor([self.signal, late])
+            dist.all_reduce(wanted, dist.ReduceOp.MAX)
+            self.agreed_signal, late = int(wanted[0]), bool(wanted[1])
         else:
             late = False
         planned = self.every_updates > 0 and update % self.every_updates == 0
-        return planned or late or self.agreed > 0
+        return planned or late or self.agreed_signal > 0
 
     def written(self) -> None:
         """Raises `StoppedError` if that was asked for and nobody else takes over."""
         self.last = time.monotonic()
-        number = self.asked if distributed.size() == 1 else self.agreed
+        number = self.signal if distributed.world_size() == 1 else self.agreed_signal
         if number:
-            self.asked = self.agreed = 0
-            self.pass_on(number)
+            self.signal = self.agreed_signal = 0
+            self.hand_over(number)
 
-    def pass_on(self, number: int) -> None:
-        handler = self.before.get(number)
+    def hand_over(self, number: int) -> None:
+        handler = self.handlers_before.get(number)
         if callable(handler):
             handler(number, None)
         else:

@@ -28,19 +28,19 @@ from training.config import cannot_write, quoted, search_path, shown
 from training.messages import MISTAKES, explain
 
 WORKER = "SMALLBATCH_WORKER"  # in the environment of a run that a launcher started
-PATIENCE = 30.0  # seconds that a run has to stop
+GRACE_SECONDS = 30.0  # seconds that a run has to stop
 FULL = os.environ.get("HYDRA_FULL_ERROR") == "1"
 TEXTS = re.compile(r"(\+*(?:study|name))=([\w.+\-\s,]+)")
 
 
 def print_error(error: BaseException, what: str = "") -> None:
-    if distributed.speaks():
+    if distributed.reports_errors():
         print(f"error: {what}{explain(error)}", file=sys.stderr)
 
 
 def is_mistake(error: BaseException) -> bool:
     plain = isinstance(error, MISTAKES) or type(error).__name__ == "OutOfMemoryError"
-    return plain or distributed.lost(error) or "full_key: hydra." in str(error)
+    return plain or distributed.is_lost_peer(error) or "full_key: hydra." in str(error)
 
 
 def write_error(config: Any, error: BaseException) -> None:
@@ -58,10 +58,10 @@ def abort(config: Any, error: BaseException) -> NoReturn:
     """End a process that others may be waiting for, so that whoever started them ends them all."""
     from training.run import RefusedError
 
-    if distributed.speaks():
+    if distributed.reports_errors():
         if not isinstance(error, RefusedError):
             write_error(config, error)
-        who = f"process {distributed.rank()} of {distributed.size()}: "
+        who = f"process {distributed.rank()} of {distributed.world_size()}: "
         print(f"error: {who}{explain(error)}", file=sys.stderr)
         if FULL or not is_mistake(error):
             traceback.print_exception(error)
@@ -81,10 +81,10 @@ def check(config: Any) -> None:
                 f"are relative to where the command is given; expected none of this key"
             )
     launcher = config.hydra.runtime.choices.get("hydra/launcher")
-    if distributed.size() > 1 and launcher != "basic":
+    if distributed.world_size() > 1 and launcher != "basic":
         raise ValueError(
-            f"hydra/launcher={launcher}: {distributed.size()} processes were started for each run, "
-            f"by torchrun or WORLD_SIZE, and would each start all of them; expected basic"
+            f"hydra/launcher={launcher}: {distributed.world_size()} processes were started for "
+            f"each run, by torchrun or WORLD_SIZE, and would each start all of them; expected basic"
         )
 
 
@@ -93,20 +93,20 @@ class Report(Callback):
 
     pid = 0
     """Of the process that the sweep is in; launchers have others."""
-    elsewhere = False
+    foreign = False
     """Whether it is a launcher of another package that trains the runs."""
     failures = 0
     folders: list[Path] = []
     """Of the runs of this sweep."""
-    told: set[str] = set()
+    reported: set[str] = set()
     """Reasons, so that what all runs lack, such as the data, is said once."""
 
     @classmethod
     def failed(cls, overrides: Sequence[str], reason: str, where: str = "") -> None:
         cls.failures += 1
-        if reason not in cls.told:
+        if reason not in cls.reported:
             print(f"error: {' '.join(overrides)}: {reason}{where}", file=sys.stderr)
-        cls.told.add(reason)
+        cls.reported.add(reason)
 
     def on_run_start(self, config: Any, **kwargs: Any) -> None:
         try:
@@ -121,7 +121,7 @@ class Report(Callback):
         self.on_run_start(config)
         Report.pid = os.getpid()
         launcher = config.hydra.runtime.choices.get("hydra/launcher")
-        Report.elsewhere = launcher not in ("basic", "pool")
+        Report.foreign = launcher not in ("basic", "pool")
         try:
             task = list(config.hydra.overrides.task)
             Report.folders = record([*search_path(config.hydra), *task])
@@ -134,7 +134,7 @@ class Report(Callback):
     def on_job_end(self, config: Any, job_return: JobReturn, **kwargs: Any) -> None:
         sweep = HydraConfig.get().mode == RunMode.MULTIRUN
         error = job_return._return_value
-        together = distributed.size() > 1
+        together = distributed.world_size() > 1
         if job_return.status != JobStatus.FAILED or not (sweep or WORKER in os.environ or together):
             return
         from training.run import BusyError, RefusedError
@@ -168,7 +168,7 @@ def stop_with_launcher() -> None:
     """A worker's standard input ends when its launcher does, however that ended."""
     os.read(0, 1)
     os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(PATIENCE)
+    time.sleep(GRACE_SECONDS)
     os._exit(1)
 
 
@@ -237,7 +237,7 @@ def place(path: str) -> str:
 
 def run(main: Callable[[], Any]) -> None:
     """Call Hydra's entry point; exit 2 for what cannot be composed, 1 for what cannot be run."""
-    process.handle()
+    process.set_handlers()
     process.find_project()
     try:
         distributed.check_environment()
@@ -254,10 +254,10 @@ def run(main: Callable[[], Any]) -> None:
     try:
         main()
     except KeyboardInterrupt as stop:
-        process.handle(signal.SIG_IGN)
+        process.set_handlers(signal.SIG_IGN)
         if distributed.rank() == 0:
             nothing = "nothing was being trained; the same command goes on"
-            if Report.elsewhere:
+            if Report.foreign:
                 nothing = "the same command goes on with each run from its last checkpoint"
             what = "; ".join(getattr(stop, "__notes__", [])) or nothing
             print(f"interrupted; {what}", file=sys.stderr)
@@ -265,11 +265,11 @@ def run(main: Callable[[], Any]) -> None:
     except Exception as raised:
         error = raised
     finally:
-        distributed.leave()
+        distributed.destroy()
     left = [f for f in Report.folders if error and (f / "error.txt").exists()]
     if error and (FULL or not (Report.failures or left or is_mistake(error))):
         raise error
-    if not Report.failures:  # they were said elsewhere, if it was a launcher's processes
+    if not Report.failures:  # they were said foreign, if it was a launcher's processes
         for folder in left:
             print_error(ValueError((folder / "error.txt").read_text()), f"{folder}: ")
     if Report.failures or left:

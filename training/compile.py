@@ -14,13 +14,13 @@ Mode = Literal["network", "layers", "false"]
 
 # On one core of a Xeon: what convolutions do in a second of ResNet-20's training, and how long an
 # update takes to start however small it is.
-MULTIPLY_ADDS = 40e9
-START = 3e-3
+MULTIPLY_ADDS_PER_SECOND = 40e9
+UPDATE_OVERHEAD = 3e-3
 # Seconds of training from which compiling pays on a CPU: for ResNet-20 it takes 40 to 80 the first
 # time and saves a tenth (PyTorch's batch norm) to a half (`bn` in groups) of a step, so from 80 to
 # 800 on (results/training).
-WORTH = 300
-SHARED = 1e8  # multiply-adds of a forward pass from which two threads take less time than one
+MIN_SECONDS = 300
+MIN_MULTIPLY_ADDS = 1e8  # of a forward pass from which two threads are faster than one
 
 
 @dataclass(frozen=True)
@@ -51,31 +51,31 @@ def multiply_adds(model: nn.Module, shape: tuple[int, ...]) -> int:
     return total
 
 
-def seconds(multiply_adds: int, updates: int, images: int) -> float:
+def estimate_seconds(multiply_adds: int, updates: int, images: int) -> float:
     """About how long a training takes on one core; `images`: of an update on this device."""
-    return updates * (START + 3 * images * multiply_adds / MULTIPLY_ADDS)
+    return updates * (UPDATE_OVERHEAD + 3 * images * multiply_adds / MULTIPLY_ADDS_PER_SECOND)
 
 
-def choose(wish: str | bool, device: str, expected: float, before: Mode | None) -> Choice:
-    """`wish`: the key `runtime.compile`; `device`: its type; `expected`: seconds of training on one
-    core; `before`: how a checkpoint was computed, which `auto` keeps to."""
-    if wish != "auto":
-        return Choice(wish or "false", "as told")  # type: ignore[arg-type]
+def choose(setting: str | bool, device: str, expected: float, before: Mode | None) -> Choice:
+    """`setting`: the key `runtime.compile`; `device`: its type; `expected`: seconds of training on
+    one core; `before`: how a checkpoint was computed, which `auto` keeps to."""
+    if setting != "auto":
+        return Choice(setting or "false", "as told")  # type: ignore[arg-type]
     if before:
         return Choice(before, "as its checkpoint was made")
     if device != "cpu":
         return Choice("network", f"on device={device}")
-    if expected < WORTH:
+    if expected < MIN_SECONDS:
         return Choice("false", "training is too short to gain from compiling")
     return Choice("network", "training is long enough to gain from compiling")
 
 
-def threads(wish: str | int, multiply_adds: int, images: int) -> int | None:
+def threads(setting: str | int, multiply_adds: int, images: int) -> int | None:
     """`runtime.threads`: None leaves the number to PyTorch. `auto` takes one where a forward pass
     of so many images is too small to be worth sharing."""
-    if wish != "auto":
-        return int(wish)
-    return 1 if images * multiply_adds < SHARED else None
+    if setting != "auto":
+        return int(setting)
+    return 1 if images * multiply_adds < MIN_MULTIPLY_ADDS else None
 
 
 def own_layers(model: nn.Module) -> list[nn.Module]:

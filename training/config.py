@@ -3,10 +3,9 @@
 import hashlib
 import json
 import os
-from contextlib import suppress
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from hydra import compose
 from hydra.core.hydra_config import HydraConfig
@@ -14,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from training import distributed
 from training.files import read
+from training.schema import Config, refusal, shown
 
 # Where a run comes from and how it is carried out, but not what comes out of it.
 OUTSIDE = (
@@ -22,94 +22,10 @@ OUTSIDE = (
 )
 OUTSIDE_GROUPS = ("runtime.", "checkpoint.", "probe.")
 
-# Keys that came later, and what happened before them: a run without them is a run with these.
-LATER: dict[str, Any] = {
-    "recipe.optimizer": "sgd",
-    "recipe.betas": [0.9, 0.999],
-    "recipe.clip": 0.0,
-    "recipe.ema": 0.0,
-    "recipe.mixup": 0.0,
-    "recipe.cutmix": 0.0,
-}
-
-# Whole numbers, and the least that is allowed. The most is LARGEST, or stands in MOST.
-COUNTS = {
-    "batch": 1,
-    "devices": 1,
-    "seed": 0,
-    "protocol.sgd_batch": 1,
-    "protocol.forward": 1,
-    "data.size": 1,
-    "data.resize": 1,
-    "data.workers": 0,
-    "data.classes": 2,
-    "data.channels": 1,
-    "data.train_images": 1,
-    "data.test_images": 1,
-    "norm.moving_average_batch_size": 1,
-    "norm.warmup": 0,
-    "norm.start": 0,
-    "norm.r_until": 0,
-    "norm.d_until": 0,
-    "probe.every": 1,
-    "debug.images": 1,
-    "debug.test_images": 1,
-    "debug.updates": 1,
-    "recipe.epochs": 1,
-    "recipe.updates": 1,
-    "recipe.lr_batch": 1,
-    "recipe.crop": 0,
-    "recipe.eval_every": 1,
-    "runtime.threads": 1,
-    "runtime.eval_batch": 1,
-    "runtime.log_every": 1,
-    "checkpoint.every_updates": 0,
-}
 # Keys that have no effect where another is given.
 IN_PLACE_OF = {
     "recipe.epochs": "recipe.updates",
     "norm.groups": "norm.channels_per_group",
-}
-LARGEST = 2**53 - 1
-MOST = {"runtime.threads": 1024}
-PART = (0.0, 1.0, " from 0 to 1")
-NUMBERS = {
-    "recipe.lr": (1e-300, 1e300, " above 0"),
-    "recipe.weight_decay": (0.0, 1e300, " from 0"),
-    "recipe.momentum": PART,
-    "recipe.warmup": PART,
-    "recipe.lr_decay": PART,
-    "recipe.label_smoothing": PART,
-    "recipe.lighting": (0.0, 1e300, " from 0"),
-    "checkpoint.every_minutes": (0.0, 1e300, " from 0"),
-    "recipe.clip": (0.0, 1e300, " from 0"),
-    "recipe.ema": (0.0, 1 - 1e-9, " from 0, below 1"),
-    "recipe.mixup": (0.0, 1e300, " from 0"),
-    "recipe.cutmix": (0.0, 1e300, " from 0"),
-    "norm.momentum": PART,
-    "norm.rate": PART,
-    "norm.eps": (0.0, 1e300, " from 0"),
-    "norm.ws_eps": (0.0, 1e300, " from 0"),
-    "norm.gamma": (0.0, 1e300, " from 0"),
-    "norm.r_max": (1.0, 1e300, " from 1"),
-    "norm.d_max": (0.0, 1e300, " from 0"),
-}
-CHOICES: dict[str, tuple[str, ...]] = {  # beside a number, where the key is above too
-    "protocol.name": ("direct", "accumulate", "ghost"),
-    "protocol.running_statistics": ("first", "mean"),
-    "data.on_error": ("raise", "skip"),
-    "recipe.crop": ("random_resized", "random_square"),
-    "recipe.pixels": ("standardized", "bgr_255"),
-    "recipe.optimizer": ("sgd", "adamw"),
-    "recipe.schedule": ("step", "cosine", "linear"),
-    "probe.name": ("none", "batch_statistics", "gradient_shift"),
-    "recipe.precision": ("float32", "bfloat16", "float16"),
-    "runtime.progress": ("auto", "bar", "lines", "none"),
-    "runtime.channels_last": ("auto", "true", "false"),
-    "runtime.graph": ("auto", "true", "false"),
-    "runtime.compile": ("auto", "network", "layers", "false"),
-    "runtime.threads": ("auto",),
-    "debug.name": ("one_batch", "overfit", "profile"),
 }
 
 
@@ -119,11 +35,14 @@ def times(factor: Any, number: Any) -> Any:
 
 
 OmegaConf.register_new_resolver("times", times, replace=True)
-OmegaConf.register_new_resolver("processes", distributed.size, replace=True)
+OmegaConf.register_new_resolver("processes", distributed.world_size, replace=True)
 
 
 MOVED = "moved_to"  # in a folder without a run: the name of the run of this configuration
-RENAMED = {"data.complete": "data.verify_counts"}  # keys of stored runs that have another name now
+RENAMED = {  # keys of stored runs that have another name now
+    "data.complete": "data.verify_counts",
+    "protocol.forward": "protocol.micro_batch",
+}
 
 
 def read_config(file: Path, *keys: str) -> dict[str, Any]:
@@ -154,10 +73,10 @@ def flatten(config: Any, resolve: bool = False) -> dict[str, Any]:
 def identity(config: Any) -> dict[str, Any]:
     """The keys that can change a result. Paths do not, but the name of a folder of images stands
     for the data set, whose files `training/dataset.py` compares."""
-    flat = LATER | flatten(config)
+    flat = flatten(config)
     keys = {k: v for k, v in flat.items() if k not in OUTSIDE and not k.startswith(OUTSIDE_GROUPS)}
     devices = keys.pop("devices", 1)
-    keys["devices"] = devices if isinstance(devices, int) else distributed.size()
+    keys["devices"] = devices if isinstance(devices, int) else distributed.world_size()
     if keys["devices"] == 1:  # as before there was such a key
         del keys["devices"]
         keys.pop("protocol.running_statistics", None)
@@ -255,7 +174,7 @@ def cannot_write(cfg: DictConfig, error: OSError) -> OSError:
     )
 
 
-def check_precision(cfg: DictConfig, loss_scaling: bool) -> None:
+def check_precision(cfg: Config, loss_scaling: bool) -> None:
     """Raise `ValueError` where float16 would put a changing factor on gradients that a scheme or a
     probe averages over batches."""
     if cfg.recipe.precision == "float16" and cfg.probe.name == "batch_statistics":
@@ -266,22 +185,25 @@ def check_precision(cfg: DictConfig, loss_scaling: bool) -> None:
     if cfg.recipe.precision == "float16" and not loss_scaling:
         raise ValueError(
             f"recipe.precision=float16: its loss scale changes between updates, and norm="
-            f"{cfg.norm.name} averages gradients over them; expected float32 or bfloat16"
+            f"{cfg.norm['name']} averages gradients over them; expected float32 or bfloat16"
         )
 
 
-def shown(value: Any) -> str:
-    """As it is typed: in quotes what would be no text without them."""
-    typed = {None: "null", True: "true", False: "false"}
-    if isinstance(value, str):
-        with suppress(ValueError):
-            float(value)
-            return repr(value)
-        return repr(value) if value in typed.values() else value
-    return typed[value] if value is None or isinstance(value, bool) else str(value)
+def check_probe(cfg: Config, second_pass: bool) -> None:
+    """Raise `ValueError` where a probe would see the images of an update twice."""
+    if second_pass and cfg.probe.name != "none":
+        raise ValueError(
+            f"probe={cfg.probe.name}: looks at every forward pass, and norm={cfg.norm['name']} "
+            f"passes each batch twice; expected probe=none"
+        )
 
 
-def check(cfg: DictConfig) -> None:
+def typed(cfg: DictConfig) -> Config:
+    """The same, whose keys mypy knows."""
+    return cast(Config, cfg)
+
+
+def check(cfg: DictConfig) -> Config:
     """Raise `ValueError`, in one line, for a value that no run can have."""
     groups = ["data", "model", "norm", "probe", "protocol", "recipe"]
     for group in groups:
@@ -314,35 +236,12 @@ def check(cfg: DictConfig) -> None:
         default = base[key]
         if value is None and (default is None or key == "recipe.epochs"):
             continue
-        allowed = CHOICES.get(key, ())
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if key in COUNTS:
-            most = MOST.get(key, LARGEST)
-            right = number and isinstance(value, int) and COUNTS[key] <= value <= most
-            right = right or value in allowed
-            above = f" to {most}" if number and value > most else ""
-            expected = ", ".join([f"a whole number from {COUNTS[key]}{above}", *allowed])
-        elif isinstance(default, bool):
-            right, expected = isinstance(value, bool), "true or false"
-        elif key in NUMBERS or isinstance(default, int | float):
-            low, high, bounds = NUMBERS.get(key, (-1e300, 1e300, ""))
-            right, expected = number and low <= value <= high, f"a number{bounds}"
-        else:
-            one = value is not None and isinstance(value, list) == isinstance(default, list)
-            right = one and (not allowed or shown(value) in allowed)
-            expected = ", ".join(allowed) or "a text"
-        if not right:
+        if expected := refusal(key, value, default):
             raise ValueError(f"{key}={shown(value)}: expected {expected}")
-    milestones = own["recipe.milestones"]
-    if not isinstance(milestones, list) or any(
-        not isinstance(m, int | float) or not 0 <= m <= 1 for m in milestones
-    ):
-        raise ValueError(f"recipe.milestones={milestones}: expected parts from 0 to 1: [0.5,0.75]")
-    betas = own["recipe.betas"]
-    if not (
-        isinstance(betas, list)
-        and len(betas) == 2
-        and all(isinstance(b, int | float) and 0 <= b < 1 for b in betas)
-    ):
-        raise ValueError(f"recipe.betas={betas}: expected two numbers from 0, below 1: [0.9,0.999]")
+    if own["evaluation.statistics"] == "batch" and own["evaluation.alpha"]:
+        raise ValueError(
+            f"evaluation.alpha={own['evaluation.alpha']}: weighs an image against running "
+            f"statistics; expected 0.0 with evaluation.statistics=batch"
+        )
     folder(cfg)  # has a name that can be one
+    return typed(cfg)

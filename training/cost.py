@@ -14,6 +14,7 @@ from rich.console import Console
 import data
 from data.imagenet import CLASSES, TRAIN, VAL
 from training import protocol
+from training.config import typed
 from training.files import read_result
 from training.optimizer import build
 from training.restore import network
@@ -36,7 +37,7 @@ class Row:
     """In all evaluations of a run."""
     memory: int
     """Bytes."""
-    batch_free: bool
+    batch_independent: bool
     runs: int = 0
     left: int = 0
     """Runs that are not over."""
@@ -57,7 +58,7 @@ def shape_of_data(cfg: DictConfig, plan: protocol.Plan) -> tuple[int, int, int, 
     """Classes, channels, pixels of a side and training images, before any part is left out."""
     if cfg.data.name == "imagenet" and cfg.data.root is None:  # it need not be here yet
         return CLASSES, 3, cfg.data.size, TRAIN
-    source = data.find(cfg.data, plan.sgd_batch, cfg.recipe)
+    source = data.resolve(cfg.data, plan.sgd_batch, cfg.recipe)
     return source.num_classes, source.channels, source.size, source.train_images
 
 
@@ -87,10 +88,10 @@ def memory(model: torch.nn.Module, shape: tuple[int, ...], half: bool) -> int:
 def measure(row: Row, shape: tuple[int, ...], classes: int, where: torch.device) -> float:
     """Seconds of an update, of which on a CPU only a part may be computed."""
     cfg, plan = row.cfg, row.plan
-    images = plan.forward
+    images = plan.micro_batch
     if where.type == "cpu":  # enough to be in proportion
         enough = 64 if shape[-1] <= 64 else 8
-        images = min(plan.forward, plan.batch * math.ceil(enough / plan.batch))
+        images = min(plan.micro_batch, plan.batch * math.ceil(enough / plan.batch))
     with torch.device(where):
         _, model = network(cfg, plan, classes, shape[1])
         model.train()
@@ -120,16 +121,16 @@ def rows(found: list[Cell], speed: float | None, where: torch.device, limit: flo
         key = tuple(o for o in cell.overrides if not o.startswith("seed="))
         own = [o for o in key if o not in common and not o.startswith(("norm=", "batch="))]
         if key not in made:
-            plan = protocol.plan(cell.cfg)
+            plan = protocol.plan(typed(cell.cfg))
             classes, channels, size, images = shape_of_data(cell.cfg, plan)
-            shape = (plan.forward, channels, size, size)
+            shape = (plan.micro_batch, channels, size, size)
             with torch.device("meta"):
                 scheme, model = network(cell.cfg, plan, classes, channels)
             needs = memory(model, shape, cell.cfg.recipe.precision != "float32")
             settings, recipe = cell.cfg.data, cell.cfg.recipe
             train = images * (1 - settings.holdout) * settings.train_fraction
             per_epoch = int(train) // plan.sgd_batch
-            updates = recipe.updates or recipe.epochs * per_epoch
+            updates = protocol.count_updates(recipe, per_epoch)
             test = settings.get("test_images") or TEST_IMAGES.get(settings.name, 0)
             test = round(images * settings.holdout) or test
             epochs = updates / per_epoch
@@ -141,7 +142,7 @@ def rows(found: list[Cell], speed: float | None, where: torch.device, limit: flo
                 updates,
                 test * max(1, int(epochs / recipe.eval_every)),
                 needs,
-                scheme.batch_free,
+                scheme.batch_independent,
             )
         row = made[key]
         row.runs += 1

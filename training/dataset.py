@@ -5,6 +5,7 @@ its files: so data may move, and other data under the same path are noticed.
 """
 
 import json
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,8 @@ from omegaconf import DictConfig
 
 from training.config import MOVED, identity, read_config
 from training.files import read, write
-from training.progress import say
 
+log = logging.getLogger("smallbatch")
 FILE = "data.json"
 
 
@@ -48,7 +49,7 @@ def locate(folder: Path, cfg: DictConfig, listing: Any) -> Path:
             same = there == path or (gone and alike)
         if same:
             if there != path:
-                say(f"data.root={cfg.data.root}: the data of {run}, which were in {there}")
+                log.info(f"data.root={cfg.data.root}: the data of {run}, which were in {there}")
             folder.mkdir(exist_ok=True)
             write(folder / MOVED, run.name)
             (folder / "error.txt").unlink(missing_ok=True)  # of an attempt before they were found
@@ -72,7 +73,7 @@ def compare(folder: Path, cfg: DictConfig, listing: Any) -> list[str]:
         return []
     if read_config(folder / ".hydra" / "config.yaml", "data")["data"].get("root") is None:
         return [f"data={cfg.data.name}'s own images there, those of a folder here"]
-    say(
+    log.warning(
         f"{folder}: from before runs kept a fingerprint of their data; data.root={cfg.data.root} "
         f"is taken to hold the same"
     )

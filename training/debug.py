@@ -1,5 +1,6 @@
 """Runs that check instead of count: what `debug=` needs beside its keys."""
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,12 +11,13 @@ import torch
 
 from training import distributed
 from training.protocol import Plan
-from training.run import Say
+from training.schema import Debug, Recipe
 
+log = logging.getLogger("smallbatch")
 TRACE = "trace.json"
 
 
-def check(debug: Any, recipe: Any, plan: Plan) -> None:
+def check(debug: Debug | None, recipe: Recipe, plan: Plan) -> None:
     """Raise `ValueError` where the numbers of a debug run do not fit."""
     if not debug:
         return
@@ -31,7 +33,7 @@ def check(debug: Any, recipe: Any, plan: Plan) -> None:
 
 
 @contextmanager
-def recording(debug: Any, recipe: Any, folder: Path, say: Say) -> Iterator[None]:
+def recording(debug: Debug | None, recipe: Recipe, folder: Path) -> Iterator[None]:
     """With debug=profile, record the last `debug.updates` updates of what happens inside: a trace
     in the run's folder, the top operators on the screen."""
     if not debug or debug.name != "profile" or distributed.rank():
@@ -45,9 +47,9 @@ def recording(debug: Any, recipe: Any, folder: Path, say: Say) -> Iterator[None]
         os.replace(folder / f"{TRACE}.tmp", folder / TRACE)
         by = "self_device_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
         table = profile.key_averages().table(sort_by=by, row_limit=15, max_name_column_width=50)
-        say(f"{table}\n  the trace of {debug.updates} updates: {folder / TRACE}")
+        log.info(f"{table}\n  the trace of {debug.updates} updates: {folder / TRACE}")
 
-    first = recipe.updates - debug.updates
+    first = (recipe.updates or 0) - debug.updates
     schedule = profiler.schedule(wait=first - 1, warmup=1, active=debug.updates, repeat=1)
     # acc_events: there is one cycle, and torch 2.11 warns that a second one would forget it
     with profiler.profile(schedule=schedule, on_trace_ready=done, acc_events=True) as profile:

@@ -2,21 +2,22 @@
 
 import ctypes
 import gc
+import logging
 import platform
 from typing import Any
 
 import torch
 
 from training import distributed
-from training.run import Say
 
+log = logging.getLogger("smallbatch")
 CORES = torch.get_num_threads()  # PyTorch's own choice, before anything has changed it
 
 
-def find(name: str) -> torch.device:
+def resolve(name: str) -> torch.device:
     """The device of the key `device`; raises `ValueError` if there is none of that name."""
     gpus = torch.cuda.device_count()
-    if distributed.size() > 1 and gpus and name in ("auto", "cuda"):
+    if distributed.world_size() > 1 and gpus and name in ("auto", "cuda"):
         own = distributed.local_rank()
         if own >= gpus:
             raise ValueError(
@@ -34,10 +35,10 @@ def find(name: str) -> torch.device:
     return torch.device(name)
 
 
-def memory_format(wish: bool | str, gains: bool) -> torch.memory_format:
-    """How a network's tensors lie in memory: `wish`, the key `runtime.channels_last`; "auto" takes
-    channels-last where the scheme `gains` from it."""
-    last = gains if wish == "auto" else wish
+def memory_format(setting: bool | str, gains: bool) -> torch.memory_format:
+    """How a network's tensors lie in memory: `setting`, the key `runtime.channels_last`; "auto"
+    takes channels-last where the scheme `gains` from it."""
+    last = gains if setting == "auto" else setting
     return torch.channels_last if last else torch.contiguous_format
 
 
@@ -50,17 +51,15 @@ def keep_memory() -> None:
         libc.mallopt(ctypes.c_int(-3), ctypes.c_int(2**25))  # M_MMAP_THRESHOLD: the largest allowed
 
 
-def prepare(
-    device: torch.device, wish: int | str, threads: int | None, state: Any, say: Say
-) -> None:
+def prepare(device: torch.device, setting: int | str, threads: int | None, state: Any) -> None:
     """Undo what an earlier run in this process left, and set the number of CPU threads: `threads`,
-    or, where `wish`, the key `runtime.threads`, is "auto", the checkpoint's; None: PyTorch's own
+    or, where `setting`, the key `runtime.threads`, is "auto", the checkpoint's; None: PyTorch's own
     choice, one for every core."""
     before = state["threads"] if state else None
-    torch.set_num_threads((wish == "auto" and before) or threads or CORES)
+    torch.set_num_threads((setting == "auto" and before) or threads or CORES)
     if before and before != torch.get_num_threads() and device.type == "cpu":
-        say(
-            f"runtime.threads={wish}: the checkpoint was made with {before}, so the last bits "
+        log.warning(
+            f"runtime.threads={setting}: the checkpoint was made with {before}, so the last bits "
             f"will differ from those of an uninterrupted run"
         )
     if device.type == "cpu":

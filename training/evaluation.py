@@ -1,37 +1,194 @@
-"""How good a run's network is, as a whole and class by class, on its test images or on others."""
+"""How good a network is, and by which statistics its batch norms normalize test images; a run's, as
+a whole and class by class, on its test images or on others."""
 
-from collections.abc import Iterator
+import copy
+import logging
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim.swa_utils import update_bn
 
 import data
 import norms
+from data.stream import regroup
 from data.transforms import CROPS
+from norms.layer import Leaf
 from training import device as devices
-from training.config import check
-from training.loop import evaluate
+from training import distributed, protocol
+from training.config import check, typed
 from training.messages import MISTAKES
-from training.progress import say
-from training.restore import configuration, outcome, trained
+from training.restore import configuration, read_finished, trained
+from training.schema import Evaluation
 from training.study import composed, composing
 
-OWN = ("data", "device", "runtime.eval_batch", "runtime.threads")  # what may differ from the run
+log = logging.getLogger("smallbatch")
+
+# What may differ from the run.
+OWN = ("data", "device", "runtime.eval_batch", "runtime.threads")
+OWN_GROUPS = ("data.", "evaluation.")
+RUNNING = {"statistics": "running", "batches": 100, "batch_size": 100, "alpha": 0.0}
 
 
-def configured(run: DictConfig, overrides: list[str]) -> DictConfig:
+def batch_norms(model: nn.Module) -> list[Any]:
+    """What PyTorch knows as batch norms; of ours all but `evonorm_b0` that follow the batch."""
+    return [layer for layer in model.modules() if isinstance(layer, _BatchNorm)]
+
+
+def check_statistics(by: Evaluation, freeze: int, model: nn.Module, scheme: norms.Scheme) -> None:
+    """Raise `ValueError` where statistics of a network cannot be chosen as `by`, the group
+    `evaluation`, or frozen; say where it has none."""
+    keys = {  # usual value, value
+        "evaluation.statistics": ("running", by.statistics),
+        "evaluation.alpha": (0.0, by.alpha),
+        "recipe.freeze_statistics": (0, freeze),
+    }
+    for key, (usual, value) in keys.items():
+        if value == usual or batch_norms(model):
+            continue
+        if not scheme.batch_independent:
+            raise ValueError(
+                f"{key}={value}: the layers of norm={scheme.name} are no batch norms to PyTorch; "
+                f"expected {usual}"
+            )
+        log.info(f"{key}={value}: norm={scheme.name} has no running statistics, nothing changes")
+
+
+def with_statistics(model: nn.Module, loader: Any, by: Evaluation) -> nn.Module:
+    """The network to evaluate: `model`, or, where `by` (the group `evaluation`) asks for other
+    statistics than its running ones, a copy of it that has them, so that whoever interrupts saves
+    the network as it was. `loader` has training images."""
+    if (by.statistics == "running" and not by.alpha) or not batch_norms(model):
+        return model
+    model = copy.deepcopy(model)
+    if by.statistics == "precise":
+        reestimate(model, training_images(loader, by.batch_size, by.batches))
+    if by.statistics == "batch" or by.alpha:
+        alpha = None if by.statistics == "batch" else by.alpha
+        for layer, norm in called_batch_norms(model):
+            layer.register_forward_pre_hook(partial(renormalize, norm, alpha))
+    return model
+
+
+def evaluated_by(cfg: Any) -> Any:
+    """The group `evaluation` as it counts at the end of a training: frozen statistics are not
+    estimated anew."""
+    by = OmegaConf.merge(RUNNING, cfg.get("evaluation", {}))
+    if by.statistics == "precise" and cfg.recipe.get("freeze_statistics"):
+        by.statistics = "running"
+    return by
+
+
+def images_at_once(by: Evaluation, eval_batch: int) -> int:
+    """Test images of a forward pass."""
+    return by.batch_size if by.statistics == "batch" else eval_batch
+
+
+def training_images(loader: Any, size: int, count: int) -> Iterator[Tensor]:
+    """The first whole batches of epoch 0, each process's part of `count` of them; of fewer images,
+    a single batch of all."""
+    blocks = regroup(((images,) for images, _ in loader.train(0)), size)
+    for i, (images,) in enumerate(islice(blocks, -(-count // distributed.world_size()))):
+        if i == 0 or len(images) == size:
+            yield images
+
+
+def reestimate(model: nn.Module, batches: Iterable[Tensor]) -> None:
+    """Set the state of all batch norms to what these batches, each as a whole, give under fixed
+    weights: PyTorch's `update_bn`, averaged over processes."""
+    layers = [layer for layer in batch_norms(model) if hasattr(layer, "batch_size")]
+    sizes = [layer.batch_size for layer in layers]
+    device = next(model.parameters()).device
+    for layer in layers:
+        layer.batch_size = None
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(0)  # of dropout
+        update_bn(batches, model)
+    for layer, size in zip(layers, sizes, strict=True):
+        layer.batch_size = size
+    if distributed.world_size() > 1:
+        for norm in batch_norms(model):
+            for value in norm.buffers():
+                if value.is_floating_point():
+                    distributed.all_reduce(value).div_(distributed.world_size())
+
+
+def called_batch_norms(model: nn.Module) -> list[tuple[nn.Module, Any]]:
+    """Every batch norm, and in front of it the layer that is called: itself, or one of ours around
+    it, which takes its statistics without calling it."""
+    around = {
+        norm: layer
+        for layer in model.modules()
+        if isinstance(layer, Leaf) and not isinstance(layer, _BatchNorm)
+        for norm in batch_norms(layer)
+    }
+    return [(around.get(norm, norm), norm) for norm in batch_norms(model)]
+
+
+def renormalize(norm: Any, alpha: float | None, layer: nn.Module, inputs: Any) -> Any:
+    """The input for which a batch norm, normalizing by its running mean and variance, returns what
+    it would by others: those of this batch, or, with `alpha`, those of (1 - alpha) of the running
+    E[x] and E[x^2] and alpha of each image's own (Summers and Dinneen, arXiv 1906.03548)."""
+    x, *rest = inputs
+    wide = x if x.dtype == torch.float64 else x.float()
+    maps = tuple(range(2, x.dim()))
+    shape = (1, -1, *(1 for _ in maps))
+    running_mean, running_var = (v.view(shape) for v in (norm.running_mean, norm.running_var))
+    over = maps if alpha is not None else (0, *maps)
+
+    def average(values: Tensor) -> Tensor:
+        return values.mean(over, keepdim=True) if over else values
+
+    mean = average(wide) * getattr(norm, "centers", True)
+    if alpha is None:
+        var = average((wide - mean).square())
+    else:
+        mean = torch.lerp(running_mean.expand_as(mean), mean, alpha)
+        square = (running_var + running_mean.square()).expand_as(mean)
+        var = (torch.lerp(square, average(wide.square()), alpha) - mean.square()).clamp_min(0)
+    factor = torch.sqrt((running_var + norm.eps) / (var + norm.eps))
+    return ((wide - mean) * factor + running_mean, *rest)
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> dict[str, float]:
+    """Mean cross-entropy and the accuracies in %, over every image once."""
+    model.eval()
+    device = next(model.parameters(), torch.empty(0)).device
+    sums = torch.zeros(4, dtype=torch.float64, device=device)
+    for images, labels in batches:
+        logits = model(images).float()
+        hits = logits.topk(min(5, logits.shape[1]), 1).indices == labels[:, None]
+        loss = F.cross_entropy(logits, labels, reduction="sum")
+        sums += torch.stack(
+            [loss, hits[:, 0].sum(), hits.sum(), torch.ones_like(loss) * len(labels)]
+        )
+    loss, top1, top5, count = distributed.all_reduce(sums).tolist()
+    return {
+        "test_loss": loss / count,
+        "test_top1": 100 * (top1 / count),
+        "test_top5": 100 * (top5 / count),
+    }
+
+
+def with_overrides(run: DictConfig, overrides: list[str]) -> DictConfig:
     """A run's configuration with other data or another device. Raises what composing raises."""
     keys = [str(o.key_or_group) for o in OverridesParser.create().parse_overrides(overrides)]
     for key, word in zip(keys, overrides, strict=True):
-        if key not in OWN and not key.startswith("data."):
+        if key not in OWN and not key.startswith(OWN_GROUPS):
             raise ValueError(
-                f"{word}: is the run's; expected data.KEY=… or one of {', '.join(OWN)}"
+                f"{word}: is the run's; expected data.KEY=…, evaluation.KEY=… or one of "
+                f"{', '.join(OWN)}"
             )
     with composing():
         words = overrides if "data" in keys else [f"data={run.data.name}", *overrides]
@@ -40,6 +197,7 @@ def configured(run: DictConfig, overrides: list[str]) -> DictConfig:
         check(own)
     cfg = run.copy()
     cfg.data = own.data if "data" in keys else OmegaConf.merge(own.data, run.data)
+    cfg.evaluation = evaluated_by(run)
     for key in keys:
         if key != "data":
             OmegaConf.update(cfg, key, OmegaConf.select(own, key))
@@ -57,11 +215,12 @@ class Images:
         elif cfg.data.name not in ("imagenet", "folder"):  # which have images of all sizes
             recipe = OmegaConf.merge(recipe, {"crop": 0, "pixels": "standardized"})
         self.cfg, self.recipe = cfg, recipe
-        self.source = data.find(cfg.data, 1, recipe)
+        self.source = data.resolve(cfg.data, 1, recipe)
 
     def load(self, where: torch.device, debug: Any = None) -> Any:
-        keys = dict(say=say, debug=debug)
-        return data.load(self.source, self.cfg.data, self.recipe, 1, self.cfg.seed, where, **keys)
+        return data.load(
+            self.source, self.cfg.data, self.recipe, 1, self.cfg.seed, where, debug=debug
+        )
 
 
 def normalize_as(loader: Any, pixels: dict[str, Any]) -> bool:
@@ -75,13 +234,22 @@ def normalize_as(loader: Any, pixels: dict[str, Any]) -> bool:
     return reverse
 
 
+def trained_on(cfg: DictConfig, where: torch.device) -> Any:
+    """The training images of a run as it saw them."""
+    plan = protocol.plan(typed(cfg))
+    source = data.resolve(cfg.data, plan.sgd_batch, cfg.recipe)
+    return data.load(
+        *(source, cfg.data, cfg.recipe, plan.sgd_batch, cfg.seed, where), debug=cfg.get("debug")
+    )
+
+
 def measure(run: Path, overrides: list[str], folded: bool, averaged: bool) -> dict[str, Any]:
     """Accuracies in %, `classes` with a row for each. Raises `ValueError`, `OSError` and what
     composing raises."""
     own = configuration(run)
-    cfg = configured(own, overrides)
-    where = devices.find(cfg.device)
-    result = outcome(run) if (run / "result.json").exists() else None
+    cfg = with_overrides(own, overrides)
+    where = devices.resolve(cfg.device)
+    result = read_finished(run) if (run / "result.json").exists() else None
     images = home = Images(cfg)
     same = cfg.data == OmegaConf.merge(cfg.data, own.data)
     if not same and not result:
@@ -98,9 +266,15 @@ def measure(run: Path, overrides: list[str], folded: bool, averaged: bool) -> di
             f"expected the run's {classes} and {channels}"
         )
     model, scheme, state = trained(run, cfg, classes, channels, averaged)
-    if folded:
-        model = norms.fold(model)
-    devices.prepare(where, cfg.runtime.threads, None, state, say)
+    by = cfg.evaluation
+    if folded and (by.statistics == "batch" or by.alpha):
+        key = "alpha" if by.alpha else "statistics"
+        raise ValueError(
+            f"evaluation.{key}={by[key]}: --folded leaves no batch norms; expected "
+            f"{'0.0' if by.alpha else 'running or precise'}"
+        )
+    check_statistics(by, 0, model, scheme)
+    devices.prepare(where, cfg.runtime.threads, None, state)
     debug = own.get("debug")  # a run that looked at some images only
     loader = images.load(where, debug if same else None)
     pixels = result["pixels"] if result else None
@@ -122,14 +296,18 @@ def measure(run: Path, overrides: list[str], folded: bool, averaged: bool) -> di
         answers.append(logits.float().topk(min(5, classes), 1).indices[:, 0].cpu())
 
     def batches() -> Iterator[tuple[Tensor, Tensor]]:
-        for x, labels in loader.test(cfg.runtime.eval_batch):
+        for x, labels in loader.test(images_at_once(by, cfg.runtime.eval_batch)):
             truth.append(labels.cpu())
             yield x.flip(1) if reverse else x, labels
 
     layout = devices.memory_format(cfg.runtime.get("channels_last"), scheme.channels_last)
-    model.to(where).to(memory_format=layout).register_forward_hook(answer)
+    model.to(where).to(memory_format=layout)
     half = torch.float16 if cfg.recipe.precision == "float16" else torch.bfloat16
     with torch.autocast(where.type, half, enabled=cfg.recipe.precision != "float32"):
+        model = with_statistics(model, by.statistics == "precise" and trained_on(own, where), by)
+        if folded:
+            model = norms.fold(model)
+        model.register_forward_hook(answer)
         found = evaluate(model, batches())
     index = torch.cat(truth) * classes + torch.cat(answers)
     table = index.bincount(minlength=classes**2).view(classes, classes)  # truth by answer
@@ -154,12 +332,15 @@ def measure(run: Path, overrides: list[str], folded: bool, averaged: bool) -> di
         "finished": result is not None,
         "weights": "average" if averaged and state.get("ema") else "last",
         "folded": folded,
+        "evaluation": OmegaConf.to_container(by),
         "data": cfg.data.name,
         "root": cfg.data.get("root"),
         "images": len(index),
         "top1": found["test_top1"],
         "top5": found["test_top5"],
         "loss": found["test_loss"],
-        "as_in_result": result["top1"] == found["test_top1"] if result and same else None,
+        "as_in_result": result["top1"] == found["test_top1"]
+        if result and same and by == evaluated_by(own)
+        else None,
         "classes": rows,
     }

@@ -33,7 +33,7 @@ class FromPixels(nn.Module):
 
 def count_norms(model: nn.Module, folded: nn.Module, scheme: norms.Scheme) -> tuple[int, int]:
     """How many norms the network has, and at how many of their places its folded copy has one."""
-    makes = [make for make in (scheme.norm, scheme.norm_act, scheme.end_norm) if make]
+    makes = [make for make in (scheme.norm, scheme.norm_act, scheme.boundary_norm) if make]
     kinds = tuple({type(make(64)) for make in makes} - {nn.Identity})
     names = [name for name, layer in model.named_modules() if type(layer) in kinds]
     kinds += (nn.BatchNorm2d, nn.GroupNorm)

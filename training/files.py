@@ -1,7 +1,6 @@
 """The files of runs: written whole or not at all, and checked when they are read."""
 
 import csv
-import fcntl
 import json
 import math
 import os
@@ -71,14 +70,6 @@ def damaged(path: Path, errors: type[Exception] | tuple[type[Exception], ...]) -
         raise ValueError(
             f"{path}: cannot be read ({problem}); overwrite=true starts again"
         ) from error
-
-
-@contextmanager
-def alone(path: Path) -> Iterator[None]:
-    """Wait until no other process is in here with the same file, which stays."""
-    with open(path, "a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def read(path: Path, *keys: str) -> dict[str, Any]:

@@ -2,23 +2,24 @@
 
 import math
 import time
-from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from training import distributed, graph
+from norms import Scheme
+from training import distributed, evaluation, graph
 from training.checkpoints import Checkpoints
 from training.compile import EAGER, Choice
+from training.evaluation import evaluate, with_statistics
 from training.optimizer import learning_rate
 from training.probes import Probe, Sums
-from training.progress import Board
-from training.protocol import Plan
+from training.progress import ProgressBar
+from training.protocol import Plan, count_updates
 from training.run import Run
+from training.schema import Config
 from training.step import Step
 from training.tensorboard import TensorBoard
 
@@ -65,12 +66,12 @@ class Meter:
         self.pending.append((loss, correct))
         self.now.update += 1
 
-    def look(self) -> float:
+    def flush(self) -> float:
         """Fetch what is pending, for which the device must have finished; returns the last loss."""
         now = self.now
         pending = torch.stack([torch.stack(x) for x in zip(*self.pending, strict=True)])
-        losses, corrects = distributed.total(pending).tolist()
-        losses = [loss / distributed.size() for loss in losses]
+        losses, corrects = distributed.all_reduce(pending).tolist()
+        losses = [loss / distributed.world_size() for loss in losses]
         for update, loss in enumerate(losses, now.update - len(losses) + 1):
             if not math.isfinite(loss) and not now.diverged:
                 now.diverged_at = update
@@ -94,12 +95,13 @@ def train(
     model: nn.Module,
     loader: Any,
     plan: Plan,
-    cfg: Any,
+    cfg: Config,
     run: Run,
     tensorboard: TensorBoard,
     state: Any,
     probe: Probe | None = None,
     choice: Choice = EAGER,
+    scheme: Scheme | None = None,
 ) -> Progress:
     """Train until the last update, or until the loss is no longer finite.
 
@@ -108,10 +110,15 @@ def train(
     """
     recipe, runtime = cfg.recipe, cfg.runtime
     per_epoch = len(loader)
-    updates = recipe.updates or recipe.epochs * per_epoch
+    updates = count_updates(recipe, per_epoch)
     epochs = math.ceil(updates / per_epoch)
+    if recipe.freeze_statistics >= epochs:
+        raise ValueError(
+            f"recipe.freeze_statistics={recipe.freeze_statistics}: expected less than the {epochs} "
+            f"epochs of this run"
+        )
     device = next(model.parameters()).device
-    step = Step(model, plan, recipe, choice, graph.wanted(cfg, device), run.say)
+    step = Step(model, plan, recipe, choice, graph.enabled(cfg, device), scheme)
     now = Progress()
     if state:
         step.load_state_dict(state)
@@ -123,20 +130,27 @@ def train(
 
     def save() -> None:
         if meter.pending:
-            meter.look()
+            meter.flush()
         run.save(step.state_dict() | {"progress": asdict(now)})
 
     checkpoints = Checkpoints(cfg.checkpoint.every_updates, cfg.checkpoint.every_minutes, save)
-    with checkpoints, Board(runtime.progress, updates, now.update) as board:
+    with checkpoints, ProgressBar(runtime.progress, updates, now.update) as bar:
         while len(now.rows) < epochs and not now.diverged:
             epoch = len(now.rows)
             first = now.update - epoch * per_epoch
             last = min(per_epoch, updates - epoch * per_epoch)  # the epoch's updates
             model.train()
+            rule = cfg.protocol.running_statistics
+            if epoch >= epochs - recipe.freeze_statistics:
+                if epoch == epochs - recipe.freeze_statistics and first == 0:
+                    distributed.share_buffers(model, rule)
+                    with step.autocast:
+                        step.take_buffers(with_statistics(model, loader, cfg.evaluation))
+                step.freeze_statistics()
             batches = checkpoints.interruptible(loader.train(epoch, first) if first < last else ())
             for seen, (images, labels) in enumerate(batches, first + 1):
                 lr = learning_rate(now.update, updates, plan.lr, recipe)
-                step.try_compiler(images, labels)  # ahead of a probe, which is not to see it
+                step.warm_up(images, labels)  # ahead of a probe, which is not to see it
                 with probe.watch(now.update) if probe else nullcontext():
                     done = step(images, labels, lr)
                 meter.add(*done)
@@ -144,11 +158,11 @@ def train(
                 pause = seen % runtime.log_every == 0 or seen == last
                 due = checkpoints.due(now.update, pause)
                 if pause or due:
-                    loss = meter.look()
+                    loss = meter.flush()
                     if pause:
                         tensorboard.loss(now.update, loss)
-                    board.update(epoch + 1, now, seen, plan.sgd_batch)
-                    run.tell(now.update, updates, now.wall_seconds)
+                    bar.update(epoch + 1, now, seen, plan.sgd_batch)
+                    run.write_progress(now.update, updates, now.wall_seconds)
                 if now.diverged or seen == last:
                     break
                 if due:
@@ -157,7 +171,7 @@ def train(
             if now.diverged:
                 break
 
-            row = {
+            row: dict[str, Any] = {
                 "epoch": epoch + 1,
                 "update": now.update,
                 "learning_rate": learning_rate(now.update - 1, updates, plan.lr, recipe),
@@ -167,46 +181,26 @@ def train(
                 "images_per_second": last * plan.sgd_batch / now.epoch_seconds,
             }
             if (epoch + 1) % recipe.eval_every == 0 or now.update == updates:
-                rule = cfg.protocol.running_statistics
-                with step.autocast, distributed.evaluated(step.evaluated, rule):
-                    batches = checkpoints.interruptible(loader.test(runtime.eval_batch))
-                    row |= evaluate(step.evaluated, batches)
+                by = evaluation.evaluated_by(cfg) if step.frozen else cfg.evaluation
+                with step.autocast, distributed.evaluation_buffers(step.eval_model, rule):
+                    network = with_statistics(step.eval_model, loader, by)
+                    size = evaluation.images_at_once(cfg.evaluation, runtime.eval_batch)
+                    row |= evaluate(network, checkpoints.interruptible(loader.test(size)))
                 if not math.isfinite(row["test_loss"]):
                     now.diverged_at = now.update
                     break
             meter.lap()
-            row |= probe.take() if probe else {}
+            row |= probe.pop_epoch() if probe else {}
             now.rows.append(row | {"seconds": now.wall_seconds})
             now.loss, now.correct, now.epoch_seconds = 0.0, 0, 0.0
             run.write_metrics(now.rows)
             tensorboard.epoch(row)
             save()
-            board.epoch(row, epochs)
+            bar.epoch(row, epochs)
             checkpoints.written()
     now.compiled = step.choice
-    now.graph = bool(step.recorded and step.recorded.replay)
+    now.graph = bool(step.graph_step and step.graph_step.replay)
     if now.diverged:
         now.update = now.diverged_at or 0  # however late somebody looked
         save()
     return now
-
-
-@torch.no_grad()
-def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> dict[str, float]:
-    """Mean cross-entropy and the accuracies in %, over every image once."""
-    model.eval()
-    device = next(model.parameters(), torch.empty(0)).device
-    sums = torch.zeros(4, dtype=torch.float64, device=device)
-    for images, labels in batches:
-        logits = model(images).float()
-        hits = logits.topk(min(5, logits.shape[1]), 1).indices == labels[:, None]
-        loss = F.cross_entropy(logits, labels, reduction="sum")
-        sums += torch.stack(
-            [loss, hits[:, 0].sum(), hits.sum(), torch.ones_like(loss) * len(labels)]
-        )
-    loss, top1, top5, count = distributed.total(sums).tolist()
-    return {
-        "test_loss": loss / count,
-        "test_top1": 100 * (top1 / count),
-        "test_top5": 100 * (top5 / count),
-    }

@@ -24,7 +24,7 @@ CHOICE = re.compile(r"(model|norm|protocol|data|recipe)=\w+")
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 
 
-def near(word: str, known: list[str]) -> str:
+def suggest(word: str, known: list[str]) -> str:
     """What may have been meant, whatever its case and the group that it stands in."""
     word, lower = word.lower(), {key.lower(): key for key in known}
     same = [key for small, key in lower.items() if f".{small}".endswith(f".{word}")]
@@ -40,7 +40,7 @@ def explain(error: BaseException) -> str:
         if group == "hydra/launcher" and option in LAUNCHERS:
             extra = option.split("_")[0]
             return f"{group}={option}: not installed; pip install -c constraints.txt '.[{extra}]'"
-        return f"{group}={option}: unknown{near(option, options)}; allowed: {', '.join(options)}"
+        return f"{group}={option}: unknown{suggest(option, options)}; allowed: {', '.join(options)}"
     if isinstance(error, OverrideParseException):
         key, equals, value = str(error.override).partition("=")
         if not equals:
@@ -49,36 +49,37 @@ def explain(error: BaseException) -> str:
         text = shlex.quote(f"{key}={quoted(value)}")
         return f"{error.override}: cannot be read; a text with such letters is quoted: {text}"
     if type(error).__name__ == "OutOfMemoryError":  # torch's, without importing it
-        return f"out of memory: a smaller protocol.forward or model needs less ({first(error)})"
-    if distributed.lost(error):
+        what = "a smaller protocol.micro_batch or model needs less"
+        return f"out of memory: {what} ({first_line(error)})"
+    if distributed.is_lost_peer(error):
         return (
             f"lost another process of this run; the same command goes on from the last checkpoint "
-            f"({first(error)})"
+            f"({first_line(error)})"
         )
     if isinstance(error, InstantiationException) and isinstance(error.__cause__, ValueError):
         return explain(error.__cause__)  # a launcher's own
     if hydras := re.search(r"full_key: (hydra\.\S+)", str(error)):  # of plain types, too
-        return f"{hydras[1]}: cannot be set to that ({first(error)})"
+        return f"{hydras[1]}: cannot be set to that ({first_line(error)})"
     if isinstance(error, HydraException | OmegaConfBaseException):
         cause = error.__cause__
         missing = re.search(r"Missing mandatory value: (\S+)", f"{error} {cause}")
         if missing:
             return f"{missing[1]}=???: needs a value"
         if "Ambiguous value" in str(error):
-            return f"{first(error)}: several values make a study, which needs -m"
+            return f"{first_line(error)}: several values make a study, which needs -m"
         unknown = re.match(r"Could not override '([^']*)'", str(error))
         if unknown:
             key = getattr(cause, "full_key", None) or unknown[1]
             keys = known_keys()
-            return f"{key}: no such key{near(key, keys)}; --help lists all"
-        return first(error) + (f" ({first(cause)})" if cause else "")
+            return f"{key}: no such key{suggest(key, keys)}; --help lists all"
+        return first_line(error) + (f" ({first_line(cause)})" if cause else "")
     if isinstance(error, OSError) and error.filename:
         full = "; runtime.runs and data.cache name the folders that are written"
         return f"{error.filename}: {error.strerror}{full if error.errno in FULL_DISK else ''}"
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def first(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".:")
 
 

@@ -8,33 +8,46 @@ from typing import Any
 import torch
 from torch import nn
 
+from training.schema import Recipe
+
 WEIGHTS = (nn.modules.conv._ConvNd, nn.Linear, nn.Embedding)
 
 
-def parameter_groups(model: nn.Module, recipe: Any) -> list[dict[str, Any]]:
-    """Parameters with and without weight decay, by the type of their module.
+def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
+    """Parameters by weight decay, which follows from the type of their module, and by the divisor
+    of their learning rate, which a layer may name in `lr_divisor`.
 
-    Without: those that a layer names in `no_weight_decay`; and, unless `recipe.weight_decay_norms`,
-    whatever is not the weight of a convolution, a linear layer or an embedding.
+    Without weight decay: those that a layer names in `no_weight_decay`; and, unless
+    `recipe.weight_decay_norms`, whatever is not the weight of a convolution, a linear layer or an
+    embedding.
     """
-    decayed: list[nn.Parameter] = []
-    plain: list[nn.Parameter] = []
+    groups: dict[tuple[bool, float], list[nn.Parameter]] = {(True, 1.0): [], (False, 1.0): []}
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             exempt = name in getattr(module, "no_weight_decay", ())
             is_weight = isinstance(module, WEIGHTS) and name == "weight"
             keep = not exempt and (recipe.weight_decay_norms or is_weight)
-            (decayed if keep else plain).append(parameter)
-    groups = [
-        {"params": decayed, "weight_decay": recipe.weight_decay},
-        {"params": plain, "weight_decay": 0.0},
+            divisor = getattr(module, "lr_divisor", {}).get(name, 1.0)
+            groups.setdefault((keep, divisor), []).append(parameter)
+    return [
+        {"params": parameters, "weight_decay": recipe.weight_decay if keep else 0.0}
+        | ({} if divisor == 1 else {"lr_divisor": divisor})
+        for (keep, divisor), parameters in groups.items()
+        if parameters
     ]
-    return [g for g in groups if g["params"]]
+
+
+def all_but_the_head(model: nn.Module) -> list[nn.Parameter]:
+    """What adaptive gradient clipping clips: the parameters without those of the last linear
+    layer."""
+    linear = [layer for layer in model.modules() if isinstance(layer, nn.Linear)]
+    head = set(linear[-1].parameters()) if linear else set()
+    return [p for p in model.parameters() if p not in head]
 
 
 class Light:
     """An optimizer that leaves PyTorch's compiler alone, which others load in order to tell it that
-    it need not look at them: two of the seven seconds in which a run would start."""
+    it need not look at them: two of the five seconds in which a run would start."""
 
     add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
     zero_grad = inspect.unwrap(torch.optim.Optimizer.zero_grad)
@@ -50,7 +63,7 @@ class AdamW(Light, torch.optim.AdamW):
     step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
 
 
-def sgd(model: nn.Module, recipe: Any, lr: float) -> SGD:
+def sgd(model: nn.Module, recipe: Recipe, lr: float) -> SGD:
     return SGD(
         parameter_groups(model, recipe),
         lr=lr,
@@ -60,21 +73,22 @@ def sgd(model: nn.Module, recipe: Any, lr: float) -> SGD:
     )
 
 
-def adamw(model: nn.Module, recipe: Any, lr: float) -> AdamW:
+def adamw(model: nn.Module, recipe: Recipe, lr: float) -> AdamW:
     """Adam with decoupled weight decay (arXiv 1711.05101): each step takes lr * weight_decay *
     weight from a weight."""
     groups = parameter_groups(model, recipe)
     on_gpu = groups[0]["params"][0].is_cuda  # where a step may be recorded
-    return AdamW(groups, lr=lr, betas=tuple(recipe.betas), fused=True, capturable=on_gpu)
+    first, second = recipe.betas
+    return AdamW(groups, lr=lr, betas=(first, second), fused=True, capturable=on_gpu)
 
 
-def build(model: nn.Module, recipe: Any, lr: float) -> torch.optim.Optimizer:
+def build(model: nn.Module, recipe: Recipe, lr: float) -> torch.optim.Optimizer:
     """The one of `recipe.optimizer`."""
     kinds: dict[str, Callable[..., torch.optim.Optimizer]] = {"sgd": sgd, "adamw": adamw}
     return kinds[recipe.optimizer](model, recipe, lr)
 
 
-def learning_rate(update: int, updates: int, peak: float, recipe: Any) -> float:
+def learning_rate(update: int, updates: int, peak: float, recipe: Recipe) -> float:
     """For update 0, 1, … of `updates`: a linear rise, then the schedule from `peak` down."""
     warmup = round(recipe.warmup * updates)
     if update < warmup:

@@ -83,7 +83,7 @@ class Probe:
         count, total, squares = self.sums[f"{layer} {quantity}"]
         return (squares / count - (total / count) ** 2).clamp_min(0)
 
-    def take(self) -> dict[str, float]:
+    def pop_epoch(self) -> dict[str, float]:
         """The columns of an epoch's row; the next epoch starts from nothing."""
         if not self.sums:
             return {}

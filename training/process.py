@@ -34,7 +34,7 @@ def stop(number: int, frame: FrameType | None) -> None:
         raise StoppedError(number)
 
 
-def handle(handler: signal.Handlers | None = None) -> None:
+def set_handlers(handler: signal.Handlers | None = None) -> None:
     """Let `STOP` raise `StoppedError`, or do what `handler` says; what is ignored, as by nohup,
     stays so."""
     for number in STOP:
@@ -46,7 +46,7 @@ def handle(handler: signal.Handlers | None = None) -> None:
 def waiting_in_c() -> Iterator[None]:
     """Signals end the process at once: Python's handlers would wait for the call to return."""
     before = {number: signal.getsignal(number) for number in STOP}
-    handle(signal.SIG_DFL)
+    set_handlers(signal.SIG_DFL)
     try:
         yield
     finally:

@@ -1,12 +1,16 @@
-"""What a person sees while a run trains: a bar on a terminal, lines elsewhere."""
+"""What a person sees while a run trains: a bar on a terminal, lines elsewhere.
 
+Everything is said through the logger `smallbatch`, which this module lets print.
+"""
+
+import logging
 import sys
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 
-from training.distributed import on_first, rank
+from training.distributed import rank
 
 # Names of studies and files are shown as they are, be there [brackets] or :colons: in them.
 console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
@@ -18,14 +22,27 @@ def columns(*formats: str) -> list[ProgressColumn]:
     return [texts[0], BarColumn(), *texts[1:], TimeRemainingColumn()]
 
 
-@on_first
-def say(text: str) -> None:
-    """One line, above the bar if there is one."""
-    console.print(text)
-    sys.stdout.flush()
+class ConsoleHandler(logging.Handler):
+    """Prints messages of the first process as they are, above the bar if there is one. A warning
+    of both parts of a data set, which comes twice in a row, is printed once."""
+
+    last = ""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        before, self.last = self.last, record.getMessage()
+        return rank() == 0 and (record.levelno < logging.WARNING or self.last != before)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        console.print(record.getMessage())
+        sys.stdout.flush()
 
 
-class Board:
+log = logging.getLogger("smallbatch")
+log.setLevel(logging.INFO)
+log.addHandler(ConsoleHandler())
+
+
+class ProgressBar:
     """Shows updates as they go by and one line for each epoch. `style`: auto, bar, lines, none."""
 
     def __init__(self, style: str, updates: int, done: int):
@@ -42,7 +59,7 @@ class Board:
         )
         self.task = self.bar.add_task("starting", total=updates, completed=done, text="")
 
-    def __enter__(self) -> "Board":
+    def __enter__(self) -> "ProgressBar":
         self.bar.start()
         return self
 
@@ -60,7 +77,7 @@ class Board:
         if self.style == "none":
             return
         test = f", test {row['test_top1']:.2f} %" if row["test_top1"] != "" else ""
-        say(
+        log.info(
             f"  epoch {row['epoch']}/{epochs}: loss {row['train_loss']:.3f}, "
             f"train {row['train_top1']:.2f} %{test}, {row['images_per_second']:,.0f} images/s"
         )

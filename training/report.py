@@ -5,20 +5,22 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
 from torch import nn
 
 from training import graph
 from training.compile import Choice
 from training.config import choices
+from training.evaluation import batch_norms, evaluated_by
 from training.loop import Progress
 from training.protocol import Plan
+from training.schema import Config
 
 PACKAGES = ("torch", "torchvision", "timm", "hydra-core", "omegaconf", "numpy")
 
 
-def model_name(cfg: DictConfig) -> str:
-    return f"{cfg.model.library}/{cfg.model.name}" if cfg.model.library else cfg.model.name
+def model_name(cfg: Config) -> str:
+    library, name = cfg.model["library"], cfg.model["name"]
+    return f"{library}/{name}" if library else name
 
 
 def channels_last(model: nn.Module) -> bool:
@@ -27,7 +29,7 @@ def channels_last(model: nn.Module) -> bool:
     return any(p.is_contiguous(memory_format=torch.channels_last) for p in maps)
 
 
-def some(count: int, what: str) -> str:
+def plural(count: int, what: str) -> str:
     """As in 1 update, 2 updates."""
     return f"{count} {what}{'' if count == 1 else 's'}"
 
@@ -37,7 +39,7 @@ def parameters(model: nn.Module) -> int:
 
 
 def describe(
-    cfg: DictConfig,
+    cfg: Config,
     plan: Plan,
     model: nn.Module,
     loader: Any,
@@ -46,30 +48,39 @@ def describe(
 ) -> str:
     """The numbers that follow from the configuration, in a few lines."""
     recipe, per_epoch = cfg.recipe, len(loader)
-    groups, passes = plan.forward // plan.batch, plan.share // plan.forward
-    how = f"{passes} forward passes of {plan.forward} images" if passes > 1 else "one forward pass"
+    groups, passes = plan.micro_batch // plan.batch, plan.per_device_batch // plan.micro_batch
+    how = (
+        f"{passes} forward passes of {plan.micro_batch} images"
+        if passes > 1
+        else "one forward pass"
+    )
     if groups > 1:
         how += f", {groups} groups of {plan.batch} in each"
     if plan.devices > 1:
         how = f"on each of {plan.devices} devices, {how}"
     if recipe.updates:
-        length = f"{some(recipe.updates, 'update')}, an epoch has {per_epoch}"
+        length = f"{plural(recipe.updates, 'update')}, an epoch has {per_epoch}"
     else:
-        length = f"{some(recipe.epochs, 'epoch')} of {some(per_epoch, 'update')}"
-    left = f", leaving out {some(loader.dropped, 'image')}" if loader.dropped else ""
-    why = graph.obstacle(cfg, device)
-    extras = {f"{key} {recipe[key]:g}": recipe[key] for key in ("clip", "mixup", "cutmix")} | {
+        length = f"{plural(recipe.epochs or 0, 'epoch')} of {plural(per_epoch, 'update')}"
+    left = f", leaving out {plural(loader.dropped, 'image')}" if loader.dropped else ""
+    why = graph.unsupported_reason(cfg, device)
+    clip = 0.0 if recipe.clip == "agc" else float(recipe.clip)
+    extras = {
+        f"clip {clip:g}": clip,
+        f"mixup {recipe.mixup:g}": recipe.mixup,
+        f"cutmix {recipe.cutmix:g}": recipe.cutmix,
+        f"adaptive gradient clipping {recipe.clip_factor:g}": recipe.clip == "agc",
         "adamw": recipe.optimizer == "adamw",
         f"evaluated is the weights' moving average ({recipe.ema:g})": recipe.ema,
         "channels last in memory": channels_last(model),
-        "the step recorded as a CUDA graph": graph.wanted(cfg, device),
+        "the step recorded as a CUDA graph": graph.enabled(cfg, device),
         f"no CUDA graph, {why}": why and device.type == "cuda" and cfg.runtime.graph is not False,
         f"compiled ({choice.mode}): {choice.reason}": choice.mode != "false",
         f"not compiled: {choice.reason}": choice.mode == "false",
     }
     also = ", ".join(text for text, there in extras.items() if there)
     also = f"  {also}\n" if also else ""
-    on = some(torch.get_num_threads(), "thread") if device.type == "cpu" else ""
+    on = plural(torch.get_num_threads(), "thread") if device.type == "cpu" else ""
     if device.type == "cuda":
         on = torch.cuda.get_device_name(device)
     return (
@@ -84,7 +95,7 @@ def describe(
     )
 
 
-def hyperparameters(cfg: DictConfig, plan: Plan) -> dict[str, Any]:
+def hyperparameters(cfg: Config, plan: Plan) -> dict[str, Any]:
     """The same keys in every run, none of them empty: TensorBoard drops a column otherwise."""
     return {
         "norm": choices()["norm"],
@@ -104,7 +115,7 @@ def closing(result: dict[str, Any]) -> str:
     if result["status"] == "diverged":
         return f"  diverged: the loss of update {result['diverged_at_update']} is not finite"
     return (
-        f"  top-1 {result['top1']:.2f} % after {some(result['updates'], 'update')}, "
+        f"  top-1 {result['top1']:.2f} % after {plural(result['updates'], 'update')}, "
         f"{result['wall_seconds']:.1f} s"
     )
 
@@ -120,7 +131,7 @@ def versions() -> dict[str, str]:
 
 
 def result(
-    cfg: DictConfig,
+    cfg: Config,
     plan: Plan,
     source: Any,
     model: nn.Module,
@@ -144,10 +155,11 @@ def result(
         "test_loss": last.get("test_loss"),
         "study": cfg.study,
         **hyperparameters(cfg, plan),
-        "debug": cfg.debug.name if cfg.get("debug") else None,
-        "micro_batch": plan.forward,
+        "debug": getattr(getattr(cfg, "debug", None), "name", None),
+        "micro_batch": plan.micro_batch,
         "devices": plan.devices,
         "ema": cfg.recipe.ema,
+        "evaluation": dict(evaluated_by(cfg)) if batch_norms(model) else None,
         "epochs": now.update / len(loader),
         "updates": now.update,
         "parameters": parameters(model),

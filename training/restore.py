@@ -11,14 +11,14 @@ import models
 import norms
 from models.weights import of_checkpoint
 from training import protocol
-from training.config import read_config
+from training.config import read_config, typed
 from training.files import read_result
 
 
 def network(cfg: DictConfig, plan: protocol.Plan, classes: int, channels: int) -> Any:
     """The scheme and the untrained network of a run, on the device of the context."""
     options = {k: v for k, v in cfg.norm.items() if k != "name"}
-    sizes = dict(batch_size=plan.batch, sgd_batch_size=plan.share)
+    sizes = dict(batch_size=plan.batch, sgd_batch_size=plan.per_device_batch)
     scheme = norms.build(cfg.norm.name, **sizes, **options)
     keys = {**cfg.model, "weights": None}
     return scheme, models.build(**keys, scheme=scheme, num_classes=classes, in_channels=channels)
@@ -32,7 +32,7 @@ def configuration(run: Path) -> Any:
     return OmegaConf.create(read_config(file, "batch", "norm", "model", "protocol", "recipe"))
 
 
-def outcome(run: Path) -> dict[str, Any]:
+def read_finished(run: Path) -> dict[str, Any]:
     """What a finished run came to. Raises `ValueError` if it diverged."""
     result = read_result(run)
     if result["status"] == "diverged":
@@ -45,7 +45,7 @@ def trained(
 ) -> tuple[nn.Module, norms.Scheme, dict[str, Any]]:
     """The network of a run's last checkpoint in evaluation mode, with the moving average of its
     weights where there is one and `averaged`; its scheme; the checkpoint."""
-    scheme, model = network(cfg, protocol.plan(cfg), classes, channels)
+    scheme, model = network(cfg, protocol.plan(typed(cfg)), classes, channels)
     try:
         state = torch.load(run / "last.pt", map_location="cpu", weights_only=True)
         model.load_state_dict(of_checkpoint(state, averaged))
@@ -63,6 +63,6 @@ def load(run: Path) -> tuple[nn.Module, norms.Scheme, dict[str, Any]]:
     cfg = configuration(run)
     if not (run / "result.json").exists():
         raise ValueError(f"{run}: not finished; the command that trains it goes on where it is")
-    result = outcome(run)
+    result = read_finished(run)
     model, scheme, _ = trained(run, cfg, result["classes"], result["image_shape"][0])
     return model, scheme, result

@@ -12,21 +12,21 @@ log.txt                  what it said, where a launcher gave it a process of its
 """
 
 import csv
-import fcntl
 import io
 import json
+import logging
 import math
 import os
 import pickle
 import shutil
 import time
 import zipfile
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
@@ -34,7 +34,7 @@ from training import dataset, distributed
 from training.config import cannot_write, folder, identity, read_config
 from training.files import read_result, write
 
-Say = Callable[[str], None]
+log = logging.getLogger("smallbatch")
 CHECKPOINT = {"model", "optimizer", "scaler", "progress", "rng", "threads", "compiled"}
 COLUMNS = (  # of metrics.csv; accuracies in %
     *("epoch", "update", "learning_rate", "train_loss", "train_top1"),
@@ -77,29 +77,32 @@ class Run:
     """The folder of one training, locked for this process while the `with` lasts. The lock is the
     kernel's: it ends with the process, however that ends."""
 
-    def __init__(self, cfg: DictConfig, say: Say, listing: Any = None):
+    def __init__(self, cfg: DictConfig, listing: Any = None):
         """`listing`: the files of the data set, if it is a folder of the user's.
 
         Raises `BusyError` if another process trains it, `RefusedError` if it holds another
         configuration or other data, and `OSError` if it cannot be written."""
-        self.folder = distributed.shared(dataset.locate)(folder(cfg), cfg, listing)
-        self.say = say
+        self.folder = distributed.broadcast_result(dataset.locate)(folder(cfg), cfg, listing)
         self.overwrite = cfg.overwrite
         self.saved: int | None = None
         """The update of the last checkpoint."""
-        self._told = 0.0
+        self._progress_written = 0.0
         self.open(cfg, listing)
 
-    @distributed.shared
+    @distributed.broadcast_result
     def open(self, cfg: DictConfig, listing: Any) -> None:
         """Lock the folder and see that it is ours."""
+        self._lock = FileLock(self.folder / ".lock")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock = open(self.folder / ".lock", "a+")  # noqa: SIM115
+            # A process that was just killed may be about to let go, and whoever looks whether a
+            # run is being trained holds its lock for a moment.
+            self._lock.acquire(timeout=2, poll_interval=0.1)
+        except Timeout as error:
+            raise BusyError(f"{self.folder}: another process is training this run") from error
         except OSError as error:
             raise cannot_write(cfg, error) from error
         try:
-            self.lock()
             if cfg.overwrite:
                 self.clear()
             self.check_config(cfg)
@@ -109,15 +112,15 @@ class Run:
                 for file in self.folder.glob(pattern):
                     file.unlink(missing_ok=True)
         except BaseException:
-            self._lock.close()
+            self._lock.release()
             raise
 
     def __enter__(self) -> "Run":
         return self
 
-    @distributed.on_first
+    @distributed.rank_zero_only
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        self._lock.close()
+        self._lock.release()
         if isinstance(error, KeyboardInterrupt):
             error.add_note(
                 "nothing is trained yet; the same command starts again"
@@ -127,16 +130,6 @@ class Run:
                 else f"the same command starts again, without overwrite=true after {self.saved} "
                 "updates"
             )
-
-    def lock(self) -> None:
-        """Tries for two seconds: a process that was just killed may be about to let go, and one
-        that looks at the lock holds it for a moment."""
-        for attempt in range(20):
-            try:
-                return fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                time.sleep(0.1 if attempt < 19 else 0)
-        raise BusyError(f"{self.folder}: another process is training this run")
 
     def clear(self) -> None:
         """Delete what a run writes, and nothing else."""
@@ -175,27 +168,27 @@ class Run:
             )
         dataset.keep(self.folder, cfg, listing)
 
-    @distributed.shared
+    @distributed.broadcast_result
     def result(self) -> dict[str, Any] | None:
         file = self.folder / "result.json"
         return read_result(self.folder) if file.exists() else None
 
-    @distributed.on_first
+    @distributed.rank_zero_only
     def finish(self, result: dict[str, Any]) -> None:
         write(self.folder / "result.json", json.dumps(plain(result), indent=2) + "\n")
         (self.folder / "progress.json").unlink(missing_ok=True)
 
-    @distributed.on_first
-    def tell(self, update: int, updates: int, seconds: float) -> None:
+    @distributed.rank_zero_only
+    def write_progress(self, update: int, updates: int, seconds: float) -> None:
         """How far the run is, for whoever watches: once a second at most, not waiting for the disk,
         and not worth a run if that is full."""
-        if time.monotonic() - self._told > 1:
-            self._told = time.monotonic()
+        if time.monotonic() - self._progress_written > 1:
+            self._progress_written = time.monotonic()
             told = {"update": update, "updates": updates, "seconds": seconds, "pid": os.getpid()}
             with suppress(OSError):
                 write(self.folder / "progress.json", json.dumps(told), durable=False)
 
-    @distributed.on_first
+    @distributed.rank_zero_only
     def write_metrics(self, rows: list[dict[str, Any]]) -> None:
         """All rows since the first epoch, so that a resumed run has neither gaps nor doubles."""
         text = io.StringIO()
@@ -205,7 +198,7 @@ class Run:
         writer.writerows(rows)
         write(self.folder / "metrics.csv", text.getvalue())
 
-    @distributed.on_first
+    @distributed.rank_zero_only
     def save(self, state: dict[str, Any]) -> None:
         """Make `state` the last checkpoint and keep the one before."""
         buffer = io.BytesIO()
@@ -216,7 +209,7 @@ class Run:
         write(last, buffer.getvalue())
         self.saved = state["progress"]["update"]
 
-    @distributed.shared
+    @distributed.broadcast_result
     def load(self) -> dict[str, Any] | None:
         """The newest checkpoint that can be read; says so where that is not the last one."""
         files = [self.folder / name for name in ("last.pt", "previous.pt")]
@@ -237,5 +230,5 @@ class Run:
                 zipfile.BadZipFile,
             ):
                 instead = f"going on from {files[i]}" if i < len(files) else "starting again"
-                self.say(f"{file}: damaged; {instead}")
+                log.warning(f"{file}: damaged; {instead}")
         return None

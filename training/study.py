@@ -1,14 +1,14 @@
 """A study from outside: the runs that its commands ask for, and how far each of them is."""
 
-import fcntl
 import re
 import shlex
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from filelock import FileLock, Timeout
 from hydra import compose, initialize_config_dir
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.global_hydra import GlobalHydra
@@ -17,7 +17,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, open_dict
 
 from training.config import check, folder
-from training.files import alone, read_progress, read_result, write
+from training.files import read_progress, read_result, write
 from training.messages import MISTAKES, explain
 
 COMMANDS = "commands.txt"  # in a study's folder, a line each
@@ -101,14 +101,14 @@ def record(overrides: list[str]) -> list[Path]:
     for study in {run.parent for run in folders}:
         study.mkdir(parents=True, exist_ok=True)
         file = study / COMMANDS
-        with alone(study / ".commands.lock"):
+        with FileLock(study / ".commands.lock"):
             lines = file.read_text().splitlines() if file.exists() else []
             if line not in lines:
                 write(file, "".join(f"{line}\n" for line in [*lines, line]))
     return folders
 
 
-def asked(study: Path) -> tuple[list[Cell], list[str]]:
+def requested(study: Path) -> tuple[list[Cell], list[str]]:
     """The runs that a study's commands ask for, and a line for each command that can no longer be
     composed. A folder that none of a command's runs are in was renamed or copied since."""
     found: dict[str, Cell] = {}
@@ -146,14 +146,14 @@ class State:
 
 def locked(folder: Path) -> bool:
     """Whether some process is training the run of this folder now."""
+    file = folder / ".lock"
     try:
-        with open(folder / ".lock") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
+        with FileLock(file, blocking=False) if file.exists() else nullcontext():
+            return False
+    except Timeout:
         return True
-    except OSError:  # no lock, or none that this user may see
+    except OSError:  # of a study that this user may not write
         return False
-    return False
 
 
 def state(folder: Path) -> State:

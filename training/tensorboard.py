@@ -6,21 +6,16 @@ runs, must be told what to show. Every run says the same, of which TensorBoard t
 """
 
 import re
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-from tensorboard.compat.proto.tensor_pb2 import TensorProto
-from tensorboard.plugins.custom_scalar import metadata as custom_scalar
-from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
+from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.plugins.hparams import metadata as hparams
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
-from tensorboard.plugins.text import metadata as text
-from tensorboard.summary.writer.event_file_writer import EventFileWriter
+from torch.utils.tensorboard import SummaryWriter
 
-from training.distributed import on_first
+from training.distributed import rank_zero_only
 
 SCALARS = {  # column of metrics.csv: tag
     "train_loss": "loss/train",
@@ -56,54 +51,27 @@ CHARTS = {  # category of Custom Scalars: chart: its tags
 }
 
 
-class Events:
-    """A new event file. Whatever the older ones in its folder hold from step `start` on is hidden.
+def writer(folder: Path, start: int, suffix: str = "") -> SummaryWriter:
+    """Of a new event file. Whatever the older ones in its folder hold from step `start` on is
+    hidden."""
+    return SummaryWriter(folder, purge_step=start, filename_suffix=suffix)
 
-    The writer has a thread of its own and writes when it likes, at least every two minutes.
-    """
 
-    def __init__(self, folder: Path, start: int, suffix: str = ""):
-        self.file = EventFileWriter(str(folder), filename_suffix=suffix)
-        self.write(start, session_log=SessionLog(status=SessionLog.START))
-
-    def write(self, step: int, **content: Any) -> None:
-        self.file.add_event(Event(wall_time=time.time(), step=step, **content))
-
-    def add(self, step: int, tag: str, **value: Any) -> None:
-        self.write(step, summary={"value": [{"tag": tag, **value}]})
-
-    def scalar(self, step: int, tag: str, value: float) -> None:
-        self.add(step, tag, simple_value=value)
-
-    def text(self, tag: str, content: str | bytes, metadata: Any) -> None:
-        data = content.encode() if isinstance(content, str) else content
-        tensor = TensorProto(dtype="DT_STRING", string_val=[data], tensor_shape={})
-        self.add(0, tag, tensor=tensor, metadata=metadata)
-
-    def charts(self, categories: Mapping[str, Mapping[str, Any]]) -> None:
-        """The layout of Custom Scalars."""
-        layout = Layout(
-            category=[
-                {"title": category, "chart": [{"title": k, **v} for k, v in charts.items()]}
-                for category, charts in categories.items()
-            ]
-        )
-        metadata = custom_scalar.create_summary_metadata()
-        self.text(custom_scalar.CONFIG_SUMMARY_TAG, layout.SerializeToString(), metadata)
-
-    def hparams(self, kind: str, content: dict[str, Any]) -> None:
-        """One of the three things that HParams wants to know."""
-        metadata = hparams.create_summary_metadata(HParamsPluginData(**{kind: content}))
-        self.add(0, f"_hparams_/{kind}", tensor=hparams.NULL_TENSOR, metadata=metadata)
+def add_hparams(events: SummaryWriter, kind: str, content: dict[str, Any]) -> None:
+    """One of the three things that HParams wants to know. `SummaryWriter.add_hparams` says all of
+    them at once, in a folder of their own: not what an unfinished or a diverged run was told."""
+    metadata = hparams.create_summary_metadata(HParamsPluginData(**{kind: content}))
+    value = {"tag": f"_hparams_/{kind}", "tensor": hparams.NULL_TENSOR, "metadata": metadata}
+    events._get_file_writer().add_summary(Summary(value=[value]))
 
 
 class TensorBoard:
     """Writes against the number of updates, from `start` on; what an interrupted attempt wrote
     behind that point is hidden."""
 
-    @on_first
+    @rank_zero_only
     def __init__(self, folder: Path, start: int, hyperparameters: dict[str, Any]):
-        self.events = Events(folder, start + 1)
+        self.events = writer(folder, start + 1)
         texts = {k for k, value in hyperparameters.items() if isinstance(value, str)}
         columns = [
             {
@@ -121,31 +89,30 @@ class TensorBoard:
             key: {"string_value" if key in texts else "number_value": value}
             for key, value in hyperparameters.items()
         }
-        self.events.hparams("experiment", {"hparam_infos": columns, "metric_infos": metrics})
-        self.events.hparams("session_start_info", {"hparams": values})
+        add_hparams(self.events, "experiment", {"hparam_infos": columns, "metric_infos": metrics})
+        add_hparams(self.events, "session_start_info", {"hparams": values})
         # Custom Scalars reads a tag as a pattern that matches the beginning of a tag.
         overlays = {
             category: {
-                chart: {"multiline": {"tag": [f"{tag}$" for tag in tags]}}
-                for chart, tags in charts.items()
+                chart: ["Multiline", [f"{tag}$" for tag in tags]] for chart, tags in charts.items()
             }
             for category, charts in CHARTS.items()
         }
-        self.events.charts(overlays)
+        self.events.add_custom_scalars(overlays)
 
-    @on_first
+    @rank_zero_only
     def loss(self, update: int, value: float) -> None:
-        self.events.scalar(update, "loss/update", value)
+        self.events.add_scalar("loss/update", value, update)
 
-    @on_first
+    @rank_zero_only
     def epoch(self, row: dict[str, Any]) -> None:
         probed = {column: column for column in row if column.startswith("probe/")}
         for column, tag in (SCALARS | probed).items():
             if row[column] != "":
-                self.events.scalar(row["update"], tag, row[column])
-        self.events.file.flush()
+                self.events.add_scalar(tag, row[column], row["update"])
+        self.events.flush()
 
-    @on_first
+    @rank_zero_only
     def finish(self, result: dict[str, Any]) -> None:
         """The figures that `result.json` is about to hold, and how the run ended.
 
@@ -154,13 +121,13 @@ class TensorBoard:
         """
         for key in RESULTS:
             if result[key] is not None:
-                self.events.scalar(result["updates"] + 1, f"result/{key}", result[key])
+                self.events.add_scalar(f"result/{key}", result[key], result["updates"] + 1)
         status = "STATUS_FAILURE" if result["status"] == "diverged" else "STATUS_SUCCESS"
-        self.events.hparams("session_end_info", {"status": status})
+        add_hparams(self.events, "session_end_info", {"status": status})
 
-    @on_first
+    @rank_zero_only
     def close(self) -> None:
-        self.events.file.close()
+        self.events.close()
 
 
 Curve = Mapping[int, tuple[float, float]]
@@ -187,32 +154,31 @@ def summarize(
     if (folder / ".hydra").exists():
         raise ValueError(f"{folder}: a run has this name, where TensorBoard's table would stand")
     former = list(folder.glob("**/events.out.tfevents.*.table"))
-    events = Events(folder, 0, ".table")
+    events = writer(folder, 0, ".table")
     # Pictures have a tab of their own; in a text TensorBoard shows none.
     without = re.sub(r"^!\[.*\]\(.*\)$", "", markdown, flags=re.MULTILINE)
-    events.text("table", without, text.create_summary_metadata("", ""))
+    events.add_text("table", without)
     for title, file in pictures.items():
         with Image.open(file) as picture:
             width, height = picture.size
         image = {"width": width, "height": height, "encoded_image_string": file.read_bytes()}
-        events.add(0, title, image=image)
+        events._get_file_writer().add_summary(Summary(value=[{"tag": title, "image": image}]))
     # TensorBoard finds the run, and so the colour, of a line behind the first parenthesis.
     tags = {title: f"{study.name}: {re.sub('[()]', '', title)}" for title in curves}
     if curves:
-        series = {
-            title: {"value": f"{tag}/mean", "lower": f"{tag}/low", "upper": f"{tag}/high"}
-            for title, tag in tags.items()
+        bands = {
+            k: ["Margin", [f"{tag}/mean", f"{tag}/low", f"{tag}/high"]] for k, tag in tags.items()
         }
-        events.charts({study.name: {k: {"margin": {"series": [v]}} for k, v in series.items()}})
-    events.file.close()
+        events.add_custom_scalars({study.name: bands})
+    events.close()
     for scheme in dict.fromkeys(scheme for lines in curves.values() for scheme in lines):
-        events = Events(folder / scheme, 0, ".table")
+        events = writer(folder / scheme, 0, ".table")
         for title, lines in curves.items():
             for x, (mean, deviation) in sorted(lines.get(scheme, {}).items()):
-                events.scalar(x, f"{tags[title]}/mean", mean)
-                events.scalar(x, f"{tags[title]}/low", mean - deviation)
-                events.scalar(x, f"{tags[title]}/high", mean + deviation)
-        events.file.close()
+                events.add_scalar(f"{tags[title]}/mean", mean, x)
+                events.add_scalar(f"{tags[title]}/low", mean - deviation, x)
+                events.add_scalar(f"{tags[title]}/high", mean + deviation, x)
+        events.close()
     for file in former:  # only now, so that there is always one
         file.unlink(missing_ok=True)
         if not any(file.parent.iterdir()):

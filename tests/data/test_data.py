@@ -59,7 +59,7 @@ def test_processes_share_batches_and_test_images(parts):
     """Together, in order, they have what one alone has."""
     options = dict(crop=2, flip=True, count=30)
     whole = loader(6, **options)
-    shares = [loader(6, **options, share=(part, parts)) for part in range(parts)]
+    shares = [loader(6, **options, rank=part, world_size=parts) for part in range(parts)]
     assert all(len(share) == len(whole) for share in shares)
     for start in (0, 2):
         pieces = zip(*(share.train(1, start) for share in shares), strict=True)
@@ -161,7 +161,7 @@ def test_fraction_and_holdout_are_stratified_and_disjoint():
 )
 def test_fractions_out_of_range(values, message):
     with pytest.raises(ValueError, match=message):
-        data.find(config(name="digits", **values), 2, config(crop=1, flip=False))
+        data.resolve(config(name="digits", **values), 2, config(crop=1, flip=False))
 
 
 # --- folders of images

@@ -1,7 +1,6 @@
 """ImageNet's tree and the stream of photographs from it, on small JPEGs made here."""
 
 import csv
-import fcntl
 import os
 import signal
 import subprocess
@@ -13,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from omegaconf import OmegaConf
 from PIL import Image, ImageOps
 
@@ -152,7 +152,7 @@ def test_order_and_augmentation_depend_on_seed_epoch_and_index_alone(tree, crop)
 
 def test_processes_share_batches_and_test_images(tree):
     whole = opened(tree, sgd_batch=4)
-    shares = [opened(tree, sgd_batch=4, share=(part, 2)) for part in (0, 1)]
+    shares = [opened(tree, sgd_batch=4, rank=part, world_size=2) for part in (0, 1)]
     pieces = zip(*(share.train(1, 1) for share in shares), strict=True)
     for (images, labels), ours in zip(whole.train(1, 1), pieces, strict=True):
         assert torch.equal(images, torch.cat([x for x, _ in ours]))
@@ -402,33 +402,32 @@ def test_a_broken_file_is_named(tree, part, kind):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_broken_files_are_skipped_and_told(tree, workers):
-    said = []
+def test_broken_files_are_skipped_and_told(tree, workers, caplog):
     names = [f"{CLASSES[c]}_{i}.JPEG" for c, i in ((0, 9), (1, 0), (2, 3), (2, 4), (2, 5))]
     good = opened(tree, 1)
     order = [y.item() for _, y in good.train(0)]
     for name in names:
         (tree / "train" / name[:9] / name).write_bytes(b"")
     (tree / "val" / CLASSES[0] / f"{CLASSES[0]}_2.JPEG").write_bytes(b"nothing")
-    one = opened(tree, 1, workers=workers, on_error="skip", say=said.append)
+    one = opened(tree, 1, workers=workers, on_error="skip")
     images, labels = everything(one.train(0))
     assert len(images) == 45
     moved = sum(a != b for a, b in zip(order, labels.tolist(), strict=True))
     assert moved == 1  # the last of the first class became one of the second
-    assert len(said) == 1
-    assert "unreadable train images replaced by the next ones" in said[0]
-    assert "data.on_error=skip: 9 " in said[0]  # 9 and 0; 0; 3, 4 and 5; 4 and 5; 5
-    assert "and 6 more" in said[0]
+    (skipped,) = caplog.messages
+    assert "unreadable train images replaced by the next ones" in skipped
+    assert "data.on_error=skip: 9 " in skipped  # 9 and 0; 0; 3, 4 and 5; 4 and 5; 5
+    assert "and 6 more" in skipped
     images, labels = everything(one.test(4))
     assert labels.tolist() == [0] * 5 + [1] * 6 + [2] * 6
-    assert "1 unreadable test images left out" in said[1]
+    assert "1 unreadable test images left out" in caplog.messages[1]
     assert len(one.sample(45)) == 40
 
 
 def test_nothing_but_broken_files(tree):
     for file in tree.rglob("*.JPEG"):
         file.write_bytes(b"")
-    one = opened(tree, on_error="skip", say=lambda text: None)
+    one = opened(tree, on_error="skip")
     for batches in (one.train(0), one.test(8)):
         with pytest.raises(ValueError, match=r"can be read|cannot be read; the first: .*empty"):
             list(batches)
@@ -461,7 +460,7 @@ RECIPE = OmegaConf.create(dict(crop="random_resized", flip=True, lighting=0.0))
 
 def test_fraction_and_holdout_are_stratified_and_disjoint(tree):
     cfg = config(tree, train_fraction=0.5, holdout=0.2)
-    source = data.find(cfg, 4, RECIPE)
+    source = data.resolve(cfg, 4, RECIPE)
     part, held = data.read(source, cfg)
     assert isinstance(part, Files)
     assert torch.bincount(held.labels).tolist() == [3, 3, 3]
@@ -486,7 +485,7 @@ def test_a_folder_of_photographs_stays_on_disk(tree):
     own = dict(name="folder", root=str(tree), cache=str(tree / "cache"), size=32, resize=None)
     own |= dict(workers=0, on_error="raise", train_fraction=1.0, holdout=0.0)
     cfg = OmegaConf.create(own)
-    source = data.find(cfg, 4, RECIPE)
+    source = data.resolve(cfg, 4, RECIPE)
     assert (source.train_images, source.num_classes, source.size) == (46, 3, 32)
     one = data.load(source, cfg, RECIPE, 4, 0)
     assert isinstance(one, Stream)
@@ -500,17 +499,19 @@ def test_a_folder_of_photographs_stays_on_disk(tree):
     assert decode(taken.path(0), taken.apply_exif).shape == (3, 80, 40)
     assert not (tree / "cache").exists()
     with pytest.raises(ValueError, match=r"data.resize=30: expected at least data.size=32"):
-        data.find(OmegaConf.create(own | {"resize": 30}), 4, RECIPE)
+        data.resolve(OmegaConf.create(own | {"resize": 30}), 4, RECIPE)
     small = OmegaConf.create(dict(crop=4, flip=True, lighting=0.1))
     with pytest.raises(ValueError, match=r"recipe.lighting=0.1: is for photographs .*data=folder"):
-        data.find(cfg, 4, small)
-    held = data.load(data.find(cfg, 4, OmegaConf.create(dict(crop=4, flip=True))), cfg, small, 4, 0)
+        data.resolve(cfg, 4, small)
+    held = data.load(
+        data.resolve(cfg, 4, OmegaConf.create(dict(crop=4, flip=True))), cfg, small, 4, 0
+    )
     assert isinstance(held, data.Loader)
 
 
 def test_more_images_in_a_batch_than_there_are(tree):
     with pytest.raises(ValueError, match=r"sgd_batch=99 .* larger than the data set"):
-        data.find(config(tree), 99, RECIPE)
+        data.resolve(config(tree), 99, RECIPE)
 
 
 # --- the whole program
@@ -603,8 +604,7 @@ def test_killed_in_an_epoch_with_workers_it_ends_as_if_it_had_not_been(train, tr
     below = children(killed.pid)
     killed.kill()
     killed.communicate()
-    with open(next(folders("*/*/.lock"))) as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    FileLock(next(folders("*/*/.lock"))).acquire(blocking=False).lock.release()
     assert len(below) >= 3  # two workers and the server that forked them
     assert wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in below))
 

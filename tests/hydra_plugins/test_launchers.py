@@ -22,7 +22,7 @@ import training.progress
 from hydra_plugins.launcher_defaults import options
 from hydra_plugins.pool_launcher import PoolLauncher
 from training import cli
-from training.study import asked, cells, jobs, state
+from training.study import cells, jobs, requested, state
 
 ROOT = Path(__file__).parent.parent.parent
 SMALL = ["recipe.epochs=2", "data.train_fraction=0.2", "runtime.threads=1", "study=s"]
@@ -184,7 +184,7 @@ def test_options_of_another_folder_reach_every_process(tmp_path):
         assert made.returncode == 0, made.stderr
         assert not made.stderr
         study = tmp_path / "runs" / name
-        runs, problems = asked(study)
+        runs, problems = requested(study)
         assert not problems
         assert sorted(run.folder for run in runs) == sorted(
             result.parent for result in study.glob("*/result.json")

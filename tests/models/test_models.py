@@ -69,7 +69,7 @@ def test_trains_under_every_scheme(name, scheme, block):
     images = 2 if scheme == "sync_bn" else 4  # which takes one batch at a time
     with torch.device("meta"):
         model = build(name, scheme, block=block)
-    models.rehearse(model, (images, 3, 64, 64), 10)
+    models.dry_run(model, (images, 3, 64, 64), 10)
 
 
 def test_pws_keeps_a_norm_at_both_ends():
@@ -203,7 +203,7 @@ def test_mistakes(arguments, message):
 def test_rehearsal_finds_what_training_would():
     model = models.build("resnet18", scheme=norms.build("bn", batch_size=1), num_classes=10)
     with pytest.raises(ValueError, match="no variance"):
-        models.rehearse(model, (2, 3, 8, 8), 10)
+        models.dry_run(model, (2, 3, 8, 8), 10)
     model = build("googlenet", library="torchvision")
     with pytest.raises(ValueError, match="GoogLeNet returns GoogLeNetOutputs in training"):
-        models.rehearse(model, (2, 3, 64, 64), 10)
+        models.dry_run(model, (2, 3, 64, 64), 10)

@@ -46,7 +46,7 @@ def test_a_file_in_every_format(tmp_path, told, norm):
     torch.save({"model": state, "optimizer": {}}, tmp_path / "last.pt")
     save_file(state, tmp_path / "s.safetensors")
     for name in ("plain.pt", "wrapped.pth", "s.safetensors", "last.pt", ""):
-        model = build(norm=norm, weights=str(tmp_path / name), say=told.append)
+        model = build(norm=norm, weights=str(tmp_path / name), log=told.append)
         assert same(model, state) == set(state)
         assert model.complete
         path = f"model.weights={tmp_path / name}"
@@ -57,7 +57,7 @@ def test_the_moving_average_of_a_run_comes_first(tmp_path, told):
     state, average = (stirred(build()).state_dict() for _ in range(2))
     learned = {k: v for k, v in average.items() if "running" not in k and "tracked" not in k}
     torch.save({"model": state, "ema": learned}, tmp_path / "last.pt")
-    model = build(weights=tmp_path, say=told.append)
+    model = build(weights=tmp_path, log=told.append)
     assert same(model, learned) == set(learned)
     assert same(model, state) >= state.keys() - learned.keys()
 
@@ -68,7 +68,7 @@ def test_a_head_of_other_classes_stays_at_its_start(tmp_path, told):
     torch.manual_seed(5)
     fresh = build().state_dict()
     torch.manual_seed(5)
-    model = build(weights=tmp_path / "w.pt", say=told.append)
+    model = build(weights=tmp_path / "w.pt", log=told.append)
     head = {"fc.weight", "fc.bias"}
     assert same(model, state) == state.keys() - head
     assert same(model, fresh) >= head
@@ -84,7 +84,7 @@ def test_weights_with_batch_norms_start_every_scheme(tmp_path, told, norm):
     torch.manual_seed(5)
     untouched = build(norm=norm)
     torch.manual_seed(5)
-    model = build(norm=norm, weights=tmp_path / "w.pt", say=told.append)
+    model = build(norm=norm, weights=tmp_path / "w.pt", log=told.append)
     own, fresh = model.state_dict(), untouched.state_dict()
     taken = same(model, state)
     fixed = {k for k, p in untouched.named_parameters() if not p.requires_grad}
@@ -196,7 +196,7 @@ def hub(monkeypatch):
 def test_pretrained_networks_by_name(hub, told, library, weights, norm):
     make = torchvision.models.resnet18 if library == "torchvision" else timm.models.resnet18
     hub.state = stirred(make()).state_dict()
-    keys = dict(library=library, weights=weights, say=told.append)
+    keys = dict(library=library, weights=weights, log=told.append)
     model = build("resnet18", norm, **keys)
     taken = same(model, hub.state)
     convolutions = {k for k in hub.state if hub.state[k].ndim == 4}
@@ -217,7 +217,7 @@ def test_pretrained_networks_by_name(hub, told, library, weights, norm):
 
 def test_timm_adapts_the_first_convolution(hub, told):
     hub.state = stirred(timm.models.resnet18()).state_dict()
-    model = build("resnet18", channels=1, library="timm", weights=True, say=told.append)
+    model = build("resnet18", channels=1, library="timm", weights=True, log=told.append)
     expected = hub.state["conv1.weight"].sum(1, keepdim=True)
     assert torch.allclose(model.conv1.weight, expected)
 
@@ -257,7 +257,7 @@ def test_a_file_into_a_librarys_network(hub, told, tmp_path):
     """Of the network as the library has it, and of a converted one."""
     plain = stirred(torchvision.models.resnet18()).state_dict()
     torch.save(plain, tmp_path / "w.pth")
-    keys = dict(library="torchvision", weights=str(tmp_path / "w.pth"), say=told.append)
+    keys = dict(library="torchvision", weights=str(tmp_path / "w.pth"), log=told.append)
     model = build("resnet18", "mabn", **keys)
     assert same(model, plain) == {
         k for k in plain if k.endswith(("weight", "bias")) and not k.startswith("fc")

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import norms
+from norms.nf import ScaledWSConv2d
 from tests.norms import literal
 
 CHANNELS, GROUPS, SIZE, STEPS = 8, 4, 2, 6
@@ -41,11 +42,14 @@ def bcn(x, weight, bias, bn_weight, bn_bias, bn):
     return literal.channel_norm(bn(x, bn_weight, bn_bias), 4, weight, bias)
 
 
-class MABN(literal.MABN):
-    """The release's two directions as a function that autograd can call."""
+class ByHand:
+    """A literal form with two directions by hand as a function that autograd can call."""
+
+    def __init__(self, reference):
+        self.reference = reference
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        reference = self
+        reference = self.reference
 
         class Function(torch.autograd.Function):
             @staticmethod
@@ -119,7 +123,7 @@ def conv_row(name, variant, layer, weights) -> list[str]:
     own = {k: p.grad for k, p in layer.named_parameters()} | {"x": x.grad}
     exact = {k: p.detach().clone().requires_grad_() for k, p in layer.named_parameters()}
     exact["x"] = x.detach().clone().requires_grad_()
-    alpha = (exact["alpha"],) if "alpha" in exact else ()
+    alpha = [exact[key] for key in ("alpha", "gain") if key in exact]
     expected = literal.conv(exact["x"], weights(exact["weight"], *alpha), exact["bias"])
     expected.backward(dy)
     worst = max(relative(own[k], exact[k].grad) for k in exact)
@@ -134,6 +138,8 @@ def rows() -> list[list[str]]:
         ("ws", "unbiased, eps outside", ws(4, 6, 3), lambda w: standardize(w, True, 1e-5, False)),
         ("ws", "unbiased, eps inside (BCN)", ws(4, 6, 3, eps_inside=True),
          lambda w: standardize(w, True, 1e-5, True)),
+        ("ws", "biased, eps inside (paper)", ws(4, 6, 3, eps_inside=True, unbiased=False),
+         lambda w: standardize(w, False, 1e-5, True)),
         ("ws", "biased, eps 1e-6 inside (timm)",
          ws(4, 6, 3, eps_inside=True, unbiased=False, eps=1e-6),
          lambda w: standardize(w, False, 1e-6, True)),
@@ -142,6 +148,7 @@ def rows() -> list[list[str]]:
          partial(literal.pws_weight, gamma=0.1 * fan, fan=36)),
         ("pws", "gamma 1e-3, fan_out", pws(4, 6, 3, mode="fan_out"),
          partial(literal.pws_weight, gamma=1e-3, fan=54)),
+        ("nf", "scaled standardization", ScaledWSConv2d(4, 6, 3), literal.scaled_standardize),
         ("mabn", "centred convolution", norms.CenteredConv2d(4, 6, 3), literal.center),
     ]  # fmt: skip
 
@@ -152,11 +159,14 @@ def rows() -> list[list[str]]:
     bn, brn, brn2 = literal.BN(CHANNELS), literal.BRN(CHANNELS, **BRN), literal.BRN(CHANNELS, **BRN)
     bcn_bn, bcn_est = literal.BN(CHANNELS), literal.EstBN(CHANNELS, 0.1)
     est = literal.EstBN(CHANNELS, 0.1)
-    release, clipped = (MABN(CHANNELS, 4, momentum=0.9, warmup=6) for _ in range(2))
+    release, clipped = (literal.MABN(CHANNELS, 4, momentum=0.9, warmup=6) for _ in range(2))
     late = build("mabn", moving_average_batch_size=8, momentum=0.9, warmup=6)
     late.num_batches_averaged.fill_(995)
     clipped.iteration = 995
     steps = literal.MABNImageNet(CHANNELS, 4, momentum=0.9, warmup=3)
+    stream = dict(alpha_forward=0.9, alpha_backward=0.8)
+    online = literal.Online(CHANNELS, 0.9, 0.8)
+    power = literal.PowerNorm(CHANNELS, 0.9, 0.8, 12)
     b0 = literal.EvoNormB0(CHANNELS)
     window = dict(moving_average_batch_size=8, momentum=0.9)
     return [
@@ -170,10 +180,13 @@ def rows() -> list[list[str]]:
         norm_row("bcn", "estimated statistics", build("bcn", groups=4, rate=0.1),
                  partial(bcn, bn=bcn_est), bcn_est),
         norm_row("bcn", "EstBN alone", norms.EstimatedBatchNorm2d(CHANNELS, 0.1, SIZE), est, est),
-        norm_row("mabn", "release", build("mabn", **window, warmup=6), release, release),
-        norm_row("mabn", "release, clipping begins", late, clipped, clipped),
+        norm_row("mabn", "release", build("mabn", **window, warmup=6), ByHand(release), release),
+        norm_row("mabn", "release, clipping begins", late, ByHand(clipped), clipped),
         norm_row("mabn", "imagenet", build("mabn", **window, warmup=3, version="imagenet"),
                  steps, steps, imagenet),
+        norm_row("online", "without compensation",
+                 build("online", **stream, compensation="none"), ByHand(online), online),
+        norm_row("powernorm", "", build("powernorm", **stream, warmup=12), ByHand(power), power),
         norm_row("frn", "with threshold, timm", build("frn", act=True), literal.frn, None),
         norm_row("evonorm_s0", "timm", build("evonorm_s0", act=True, groups=4),
                  partial(literal.evonorm_s0, groups=4), None),

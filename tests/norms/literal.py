@@ -229,3 +229,152 @@ class EvoNormB0:
         right = per_channel(v) * x + torch.sqrt(own + self.eps)
         bottom = torch.maximum(per_channel(torch.sqrt(var + self.eps)), right)
         return per_channel(weight) * x / bottom + per_channel(bias)
+
+
+class Online:
+    """The authors' loop over images, by hand in both directions (no autograd)."""
+
+    def __init__(self, channels: int, a: float, b: float, eps=1e-5):
+        self.mean, self.var = torch.zeros(channels), torch.ones(channels)
+        self.u, self.w = torch.zeros(channels), torch.zeros(channels)
+        self.a, self.b, self.eps = a, b, eps
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        self.weight, self.z, self.scales = weight, [], []
+        for image in x:
+            mean = image.mean((1, 2))
+            var = ((image - mean[:, None, None]) ** 2).mean((1, 2))
+            scale = torch.sqrt(self.var + self.eps)
+            self.z.append((image - self.mean[:, None, None]) / scale[:, None, None])
+            self.scales.append(scale)
+            change = mean - self.mean
+            self.var = self.a * self.var + (1 - self.a) * var + self.a * (1 - self.a) * change**2
+            self.mean = self.mean + (1 - self.a) * change
+        return per_channel(weight) * torch.stack(self.z) + per_channel(bias)
+
+    def backward(self, dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """dx, dweight, dbias."""
+        dx = []
+        for grad, z, scale in zip(dy * per_channel(self.weight), self.z, self.scales, strict=True):
+            h = grad - (1 - self.b) * self.w[:, None, None] * z
+            self.w = self.w + (h * z).mean((1, 2))
+            d = h / scale[:, None, None] - (1 - self.b) * self.u[:, None, None]
+            self.u = self.u + d.mean((1, 2))
+            dx.append(d)
+        return torch.stack(dx), (dy * torch.stack(self.z)).sum((0, 2, 3)), dy.sum((0, 2, 3))
+
+    def evaluate(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        z = (x - per_channel(self.mean)) / per_channel(torch.sqrt(self.var + self.eps))
+        return per_channel(weight) * z + per_channel(bias)
+
+
+def layer_scaling(y: Tensor, eps=1e-5) -> Tensor:
+    return torch.stack([image / torch.sqrt((image**2).mean() + eps) for image in y])
+
+
+class PowerNorm:
+    """The authors' code, by hand in both directions (no autograd)."""
+
+    def __init__(self, channels: int, a: float, b: float, warmup: int, eps=1e-5):
+        self.running, self.gamma = torch.ones(channels), torch.zeros(channels)
+        self.a, self.b, self.warmup, self.eps, self.iteration = a, b, warmup, eps, 0
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        self.iteration += 1
+        it, self.weight = self.iteration, weight
+        self.q = (x**2).mean((0, 2, 3))
+        if it <= self.warmup:
+            self.z = x / per_channel(torch.sqrt(self.q + self.eps))
+        else:
+            self.z = x / per_channel(torch.sqrt(self.running + self.eps))
+        if it < self.warmup:
+            self.running = self.running * (it - 1) / it + self.q / it
+        self.running = self.a * self.running + (1 - self.a) * self.q
+        return per_channel(weight) * self.z + per_channel(bias)
+
+    def backward(self, dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """dx, dweight, dbias."""
+        g = per_channel(self.weight) * dy
+        h = g - (1 - self.b) * per_channel(self.gamma) * self.z
+        self.gamma = self.gamma + (h * self.z).mean((0, 2, 3))
+        dx = h / per_channel(torch.sqrt(self.q + self.eps))
+        return dx, (dy * self.z).sum((0, 2, 3)), dy.sum((0, 2, 3))
+
+    def evaluate(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        z = x / per_channel(torch.sqrt(self.running + self.eps))
+        return per_channel(weight) * z + per_channel(bias)
+
+
+class CBN:
+    """A convolution and the norm behind it, with derivatives by the weights from autograd."""
+
+    def __init__(self, channels: int, window: int, burn_in: int, momentum=0.1, eps=1e-5):
+        self.mean, self.var = torch.zeros(channels), torch.ones(channels)
+        self.window, self.burn_in, self.momentum, self.eps = window, burn_in, momentum, eps
+        self.past, self.batches = [], 0
+
+    def __call__(self, x: Tensor, theta: Tensor, weight: Tensor, bias: Tensor, **options) -> Tensor:
+        own = theta.detach().clone().requires_grad_()
+        y = conv(x.detach(), own, **options)
+        mu, nu = y.mean((0, 2, 3)), (y**2).mean((0, 2, 3))
+        (dmu,) = torch.autograd.grad(mu.sum(), own, retain_graph=True)
+        (dnu,) = torch.autograd.grad(nu.sum(), own)
+
+        y = conv(x, theta, **options)
+        mus, nus = [y.mean((0, 2, 3))], [(y**2).mean((0, 2, 3))]
+        if self.batches >= self.burn_in:
+            for old in self.past:
+                change = own.detach() - old["theta"]
+                mus.append(old["mu"] + (old["dmu"] * change).sum((1, 2, 3)))
+                nus.append(old["nu"] + (old["dnu"] * change).sum((1, 2, 3)))
+        mean = torch.stack(mus).mean(0)
+        squares = [torch.maximum(nu, mu**2) for mu, nu in zip(mus, nus, strict=True)]
+        var = torch.stack(squares).mean(0) - mean**2
+        z = (y - per_channel(mean)) / per_channel(torch.sqrt(var + self.eps))
+
+        now = {"mu": mu.detach(), "nu": nu.detach(), "dmu": dmu, "dnu": dnu, "theta": own.detach()}
+        self.past = [*self.past, now][1 - self.window :] if self.window > 1 else []
+        n, of_batch = y.numel() // y.shape[1], now["nu"] - now["mu"] ** 2
+        self.mean = (1 - self.momentum) * self.mean + self.momentum * now["mu"]
+        self.var = (1 - self.momentum) * self.var + self.momentum * of_batch * n / (n - 1)
+        self.batches += 1
+        return per_channel(weight) * z + per_channel(bias)
+
+
+class MBN:
+    """The memory as a list of past batches, the oldest first."""
+
+    def __init__(self, size: int, eta: float, eps=1e-5):
+        self.size, self.eta, self.eps, self.memory = size, eta, eps, []
+
+    def combine(self, batches, weights):
+        total = sum(w * n for (_, _, n), w in zip(batches, weights, strict=True))
+        pairs = list(zip(batches, weights, strict=True))
+        mean = sum(w * n * mu for (mu, _, n), w in pairs) / total
+        var = sum(w * n * ((mu - mean) ** 2 + v) for (mu, v, n), w in pairs) / total
+        return mean, var
+
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor, lam: float, record=False) -> Tensor:
+        mu = x.mean((0, 2, 3))
+        own = (mu, ((x - per_channel(mu)) ** 2).mean((0, 2, 3)), x.numel() // x.shape[1])
+        past = [lam * self.eta**i for i in reversed(range(len(self.memory)))]
+        mean, var = self.combine([*self.memory, own], [*past, 1.0])
+        if record:
+            self.memory = [*self.memory, own][-self.size :]
+        z = (x - per_channel(mean)) / per_channel(torch.sqrt(var + self.eps))
+        return per_channel(weight) * z + per_channel(bias)
+
+    def evaluate(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        weights = [self.eta**i for i in reversed(range(len(self.memory)))]
+        mean, var = self.combine(self.memory, weights)
+        z = (x - per_channel(mean)) / per_channel(torch.sqrt(var + self.eps))
+        return per_channel(weight) * z + per_channel(bias)
+
+
+def scaled_standardize(weight: Tensor, gain: Tensor, eps=1e-6) -> Tensor:
+    gamma = (2 / (1 - 1 / torch.pi)) ** 0.5
+    filters = []
+    for w, g in zip(weight, gain, strict=True):
+        var = ((w - w.mean()) ** 2).mean()
+        filters.append(g * gamma * (w - w.mean()) / torch.sqrt(w.numel() * (var + eps)))
+    return torch.stack(filters)

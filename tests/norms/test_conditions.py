@@ -28,12 +28,17 @@ from tests.norms.test_schemes import OPTIONS, VARIANTS
 
 CASES = norms.names() + list(VARIANTS)
 MODES = [True, False]
-MABN = {"mabn", "mabn imagenet"}  # whose gradient in training is not that of its forward pass
+CUSTOM = {
+    n for n in CASES if n.split()[0] in ("mabn", "online", "powernorm")
+}  # whose gradient is their own
 TIMM = {"frn", "evonorm_s0", "evonorm_b0"}  # in float32 whatever comes in, and of 2-d maps only
 PYTORCH = {"sync_bn", "gn", "gn channels", "ln", "ws_gn", "ws_gn timm"}  # norms of PyTorch's own
-NO_NORM = {"none", "pws", "pws equiv", "pws tensorflow"}
+CONV = {n for n in CASES if n.split()[0] == "cbn"}  # a norm that goes with its convolution
+TWO_MAPS = {"online", "online clamp"}  # keep what their last operation began with
+NO_NORM = {"mimicnorm", "nf", "none", "pws", "pws equiv", "pws tensorflow"}
 OURS = sorted(set(CASES) - TIMM - PYTORCH - NO_NORM)
-MOVING = [name for name in CASES if name.split()[0] in ("bcn", "bn", "brn", "mabn", "ws_bn")]
+MOVES = ("bcn", "bn", "brn", "cbn", "mabn", "mbn", "online", "powernorm", "ws_bn", "xbn")
+MOVING = [name for name in CASES if name.split()[0] in MOVES]
 
 
 class Pair(nn.Sequential):
@@ -48,6 +53,8 @@ class Pair(nn.Sequential):
         conv = self.scheme.conv(cin, cout, kernel, **options)
         norm = (self.scheme.norm_act or self.scheme.norm)(cout)
         super().__init__(conv, norm)
+        if hasattr(norm, "follow"):
+            self.scheme.finish(self)
 
 
 def images(name, batch, size=6, **options):
@@ -94,8 +101,10 @@ def test_shapes(name, batch, height, width, kernel, stride, dilation, groups):
     except RuntimeError:
         assume(False)  # the kernel is larger than the image
     if shape[2] * shape[3] * (1 if name == "in" else batch) == 1:
-        refused = name in ("bn", "brn", "brn learned", "in", "sync_bn", "ws_bn", "evonorm_b0")
-        assume(not refused and name != "bcn batch")  # one value: see test_layers.py
+        refused = name in ("brn learned", "in", "sync_bn", "ws_bn", "evonorm_b0", "bcn batch")
+        assume(
+            not refused and name.split()[0] not in ("bn", "brn", "cbn", "mbn", "xbn")
+        )  # one value: see test_layers.py
     other = copy.deepcopy(layer).to(memory_format=torch.channels_last)
     results = step(layer, x)
     assert results[0].shape == shape
@@ -123,7 +132,7 @@ def test_autocast(name, dtype):
     x = images(name, 2)
     for _ in range(3):
         with torch.autocast("cpu", dtype):
-            if name in MABN and dtype == torch.float16:
+            if name in CUSTOM and dtype == torch.float16:
                 with pytest.raises(ValueError, match="expected float32 or bfloat16"):
                     step(layer, x)
                 break
@@ -248,12 +257,12 @@ def test_derivatives(name, training, as_default, monkeypatch):
     x = images(name, 2, 3, requires_grad=True)
     function, parameters = as_function(layer)
     checks = dict(fast_mode=True, check_batched_grad=True)
-    if training and name in MABN:
+    if training and name in CUSTOM:
         y = function(x, *parameters)
         (dx,) = torch.autograd.grad(y.sum(), x, create_graph=True)
-        with pytest.raises(RuntimeError, match=r"^MABN2d: .* no second derivative .* training"):
+        with pytest.raises(RuntimeError, match=r"^\w+2d: .* no second derivative .* training"):
             torch.autograd.grad(dx.sum(), parameters[0], allow_unused=True, retain_graph=True)
-        with pytest.raises(RuntimeError, match=r"^MABN2d: .* no second derivative .* training"):
+        with pytest.raises(RuntimeError, match=r"^\w+2d: .* no second derivative .* training"):
             dx.sum().backward()
         return
     assert gradcheck(function, (x, *parameters), check_forward_ad=True, **checks)
@@ -261,10 +270,10 @@ def test_derivatives(name, training, as_default, monkeypatch):
 
 
 @SCRIPTED
-@pytest.mark.parametrize("name", sorted(MABN))
-def test_what_mabn_cannot_do_in_training_is_one_line(name):
+@pytest.mark.parametrize("name", sorted(CUSTOM))
+def test_what_a_gradient_of_its_own_cannot_do_is_one_line(name):
     layer, x = Pair(name, 2), images(name, 2, requires_grad=True)
-    with pytest.raises(RuntimeError, match=r"^MABN2d: .* torch.vmap cannot .* evaluation mode$"):
+    with pytest.raises(RuntimeError, match=r"^\w+2d: .* torch.vmap cannot .* evaluation mode$"):
         torch.autograd.grad(layer(x), x, torch.randn(3, 4, 8, 4, 4), is_grads_batched=True)
     with forward_ad.dual_level():
         dual = forward_ad.make_dual(x.detach(), torch.ones_like(x))
@@ -277,7 +286,7 @@ def test_what_mabn_cannot_do_in_training_is_one_line(name):
 def test_torch_func(name, as_default):
     """In evaluation, and in training where no statistic crosses images or moves."""
     layer, x = trained(name), images(name, 2)
-    for training in MODES if layer.scheme.batch_free else [False]:
+    for training in MODES if layer.scheme.batch_independent else [False]:
         layer.train(training)
         parameters = {k: p.detach() for k, p in layer.named_parameters()}
 
@@ -360,7 +369,7 @@ def test_the_same_graph_twice(name):
 
 
 @pytest.mark.parametrize("training", MODES)
-@pytest.mark.parametrize("name", sorted(set(CASES) - TIMM - NO_NORM))
+@pytest.mark.parametrize("name", sorted(set(CASES) - TIMM - NO_NORM - TWO_MAPS - CONV))
 def test_only_the_input_is_kept_for_the_backward_pass(name, training):
     """And numbers per map."""
     layer, x = Pair(name, 2)[1].train(training), images(name, 2, 16)
@@ -415,7 +424,11 @@ def trained(name, steps=3, **options):
         for p in layer.parameters():
             p.add_(torch.randn_like(p) / 4)
     for _ in range(steps):
-        step(layer, images(name, 2) * 2 + 1)
+        x = images(name, 2) * 2 + 1
+        step(layer, x)
+        if layer.scheme.second_pass:
+            with torch.no_grad(), layer.scheme.second_pass(layer):
+                layer(x)
     return layer
 
 
@@ -569,13 +582,13 @@ def test_running_statistics_anew(name):
     maps = torch.cat([layer[0](x) for x in loader]).unflatten(0, (-1, 2))  # batches of two images
     mean, var = maps.mean((1, 3, 4)), maps.var((1, 3, 4))
     norm = getattr(layer[1], "bn", layer[1])
-    if name in ("mabn",):
+    if name in ("mabn", "powernorm"):
         square = maps.square().mean((1, 3, 4))
         torch.testing.assert_close(norm.running_square, square.mean(0))
     elif isinstance(norm, norms.GhostBatchNorm2d):
         torch.testing.assert_close(norm.running_mean, mean.mean(0))
         torch.testing.assert_close(norm.running_var, var.mean(0))
-    elif not name.startswith("mabn"):
+    elif not name.startswith(("mabn", "mbn")):  # whose averages forget
         torch.testing.assert_close(norm.running_mean, mean.mean(0))
     norm.reset_running_stats()
     assert all(torch.equal(b, first[f"1.{k}"]) for k, b in layer[1].named_buffers())
@@ -601,7 +614,10 @@ def test_batch_norms_without_running_statistics(name):
     """`torch.func.replace_all_batch_norm_modules_`: batch norms take the batch's, always; a method
     that is made of moving statistics says so."""
     layer, x = trained(name), images(name, 2)
-    if name.split()[0] in ("mabn", "brn") or name in ("bcn", "bcn estimated"):
+    if name.split()[0] in ("mabn", "mbn", "brn", "cbn", "online", "powernorm") or name in (
+        "bcn",
+        "bcn estimated",
+    ):
         with pytest.raises(AttributeError, match="its running_mean cannot be taken away"):
             torch.func.replace_all_batch_norm_modules_(layer)
         return
@@ -620,7 +636,7 @@ def test_synchronized_batch_norms(name):
     convert = nn.SyncBatchNorm.convert_sync_batchnorm
     with pytest.raises(ValueError, match=r"nn.SyncBatchNorm has no groups of images"):
         convert(Pair(name, 2))
-    if name in ("bn", "ws_bn"):
+    if name.split()[0] in ("bn", "ws_bn", "xbn"):
         layer = Pair(name, None)
         layer(images(name, 2))
         x = images(name, 2)
@@ -768,7 +784,7 @@ def test_repr(name):
         assert repr(layer)
     norm = Pair(name, 2)[1]
     if isinstance(norm, BatchStatisticsNorm):
-        assert repr(norm).startswith(f"{type(norm).__name__}(8, batch_size=2, ")
+        assert repr(norm).startswith(f"{type(norm).__name__}(8, batch_size={norm.batch_size}, ")
 
 
 @pytest.mark.parametrize("name", CLASSES)
@@ -780,7 +796,7 @@ def test_docstrings_say_the_shapes(name):
 
 
 @pytest.mark.parametrize("training", MODES)
-@pytest.mark.parametrize("name", sorted(set(CASES) - NO_NORM - TIMM))
+@pytest.mark.parametrize("name", sorted(set(CASES) - NO_NORM - TIMM - CONV))
 def test_any_number_of_dimensions(name, training):
     """(N, C, *) is what (N, C, H, W) is, the positions being no grid."""
     x = torch.randn(2 if name == "sync_bn" else 4, 8, 4, 6) * 2 + 1

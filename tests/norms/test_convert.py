@@ -46,19 +46,19 @@ def test_architectures(name, library, network):
     options = {"min_channels": 1, "groups": 16} if name in ("gn", "ws_gn") else {}
     scheme = norms.build(name, batch_size=2, **options)
     model = build(library, network, scheme)
-    models.rehearse(model, (4, 3, 64, 64), 7)
+    models.dry_run(model, (4, 3, 64, 64), 7)
     kinds = {type(m) for m in model.modules()}
     assert nn.BatchNorm2d not in kinds
     assert {type(scheme.conv(8, 8, 3)), type(scheme.norm(32))} <= kinds
     assert any(isinstance(m, nn.Linear) and m.out_features == 7 for m in model.modules())
 
 
-@pytest.mark.parametrize("name", sorted(set(norms.names()) - {"in", "sync_bn"}))
+@pytest.mark.parametrize("name", sorted(set(norms.names()) - {"in", "nf", "sync_bn", "xbn"}))
 def test_every_scheme_goes_into_norm_activation_layers(name):
     options = {"min_channels": 1} if name in ("gn", "ws_gn", "bcn", "evonorm_s0") else {}
     scheme = norms.build(name, batch_size=2, **options)
     model = build("timm", "regnety_002", scheme)
-    models.rehearse(model, (4, 3, 64, 64), 7)
+    models.dry_run(model, (4, 3, 64, 64), 7)
     if scheme.norm_act:
         acts = [m for m in model.modules() if getattr(m, "apply_act", False)]
         assert acts
@@ -275,8 +275,9 @@ def scheme(name, batch_size=2, **options):
     return norms.build(name, batch_size=batch_size, **options)
 
 
-EVERY = sorted(set(norms.names()) - {"evonorm_b0", "evonorm_s0"})  # which need an activation
-OWN_CONV = ["bcn", "mabn", "pws", "ws_bn", "ws_gn"]
+BLOCKS = {"mimicnorm", "nf", "xbn"}  # which need blocks or a classifier
+EVERY = sorted(set(norms.names()) - {"evonorm_b0", "evonorm_s0"} - BLOCKS)  # need an activation
+OWN_CONV = ["bcn", "cbn", "mabn", "pws", "ws_bn", "ws_gn"]
 
 
 @pytest.mark.parametrize("dim", [1, 2, 3])
@@ -342,7 +343,7 @@ def test_a_computed_weight_is_kept_or_refused(name, kind):
     for _ in range(2):  # spectral norm iterates in training
         host(torch.randn(4, 3, 7, 7))
     weight, layer, keys = host.eval()[0].weight.detach().clone(), host[0], list(host.state_dict())
-    if name in ("mabn", "pws"):
+    if name in ("cbn", "mabn", "pws"):
         with pytest.raises(
             ValueError, match=r"\(0: its weight is computed .*: remove that first\)"
         ):
@@ -529,7 +530,7 @@ class Activated(nn.Sequential):
         )  # fmt: skip
 
 
-@pytest.mark.parametrize("name", norms.names())
+@pytest.mark.parametrize("name", sorted(set(norms.names()) - BLOCKS))
 def test_timms_activations_are_applied_once(name):
     """In the network, in its graph, folded, and in a feature extractor."""
     network = norms.convert(Activated(), scheme(name))

@@ -18,6 +18,9 @@ STAY = {"gn", "ln", "in", "ws_gn", "frn", "evonorm_s0", "evonorm_b0", "none"}
 def trained(name, network, library=None, size=32, batch=2, **options):
     """A network whose running statistics and affine parameters are not those of its start."""
     scheme = norms.build(name, batch_size=batch, **OPTIONS.get(name, {}), **options)
+    if network == "bottleneck" and name == "xbn":
+        options["groups"] = 8
+        scheme = norms.build(name, batch_size=batch, **options)
     if network == "bottleneck":
         model = ResNet(
             scheme, 5, 3, Bottleneck, (8, 16), (2, 1), "imagenet", False, scheme.block, False
@@ -60,7 +63,8 @@ def test_fold(name, network, as_default):
     left = [m for m in layers if type(m).__name__.endswith(("Norm", "Norm2d", "S0", "B0"))]
     if name not in STAY:
         groups = [type(m) for m in left]
-        count = {"pws": 2, "bcn": len([m for m in model.modules() if hasattr(m, "bn")])}
+        count = {"xbn": sum(type(m) is nn.GroupNorm for m in model.modules())}
+        count |= {"pws": 2, "bcn": len([m for m in model.modules() if hasattr(m, "bn")])}
         assert groups == [nn.GroupNorm] * count.get(name, 0)
 
 

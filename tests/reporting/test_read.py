@@ -47,7 +47,10 @@ def test_a_run_of_the_command_line_is_a_row_with_all_its_keys(train):
         for key in set(RESULT) - {"versions", "peak_memory_bytes"}:
             assert run[key] == result[key], key
         assert run["versions.torch"] == result["versions"]["torch"]
-        assert (run["recipe.lr"], run["protocol.forward"]) == (0.1, 16)  # interpolations followed
+        assert (run["recipe.lr"], run["protocol.micro_batch"]) == (
+            0.1,
+            16,
+        )  # interpolations followed
         assert (run["status"], run["study"]) == ("finished", study.name)
     history = reporting.history(study)
     assert list(history["run"]) == list(runs["run"])  # an epoch each

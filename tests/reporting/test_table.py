@@ -91,7 +91,7 @@ def test_a_folder_that_holds_no_run_is_no_run(study):
     assert list(cells(study)) == ["bn"]
 
 
-def test_one_run_fills_the_row_of_a_batch_free_scheme(study):
+def test_one_run_fills_the_row_of_a_batch_independent_scheme(study):
     put(study, "bn", 2, 0, 90.0)
     put(study, "bn", 8, 0, 95.0)
     put(study, "gn", 8, 0, 93.0, free=True)
@@ -111,7 +111,7 @@ def test_but_not_where_the_sgd_batch_follows_the_batch(study):
     assert "SGD batch equal to the batch size" in table(study / "direct").caption
 
 
-def test_a_batch_free_scheme_that_diverged_did_so_at_every_batch_size(study):
+def test_a_batch_independent_scheme_that_diverged_did_so_at_every_batch_size(study):
     put(study, "bn", 2, 0, 90.0)
     put(study, "gn", 8, 0, status="diverged", free=True)
     assert cells(study)["gn"] == {2: "1 diverged", 8: "1 diverged"}
@@ -259,6 +259,41 @@ def test_the_default_rule_is_that_of_the_paper(study):
     assert "last epoch (GN 1803.08494 reports the median of the last 5 epochs)" in last
 
 
+@pytest.mark.parametrize(
+    ("keys", "told"),
+    [
+        ({}, None),
+        ({"evaluation__statistics": "running", "recipe__freeze_statistics": 0}, None),
+        ({"evaluation__statistics": "precise"}, "statistics of up to 9 training batches of 50"),
+        ({"evaluation__statistics": "batch"}, "the statistics of test batches of 50"),
+        ({"evaluation__alpha": 0.25}, "running statistics, 0.25 of each image's own"),
+        ({"recipe__freeze_statistics": 3}, "running statistics, frozen in the last 3 epochs"),
+    ],
+)
+def test_a_caption_tells_the_statistics_that_were_evaluated(study, keys, told):
+    sizes = {"evaluation__batches": 9, "evaluation__batch_size": 50}
+    put(study, "bn", 2, 0, 90.0, **sizes, **keys)
+    made = table(study)
+    assert ("batch norms by" in made.caption) == (told is not None)
+    for where in (made.caption, made.title):  # of the figures
+        assert told is None or f"batch norms by {told}" in where
+
+
+def test_other_statistics_are_not_mixed(study):
+    put(study, "bn", 2, 0, 90.0, evaluation__statistics="running")
+    put(study, "bn", 2, 1, 95.0, evaluation__statistics="precise")
+    assert "evaluation.statistics" in refused(study)
+
+
+def test_a_published_number_stands_beside_the_same_statistics(study):
+    chosen = {"published": ["Rethinking Batch 2105.07576, Table 2"], "errors": True}
+    imagenet(study / "run", "bn", 2, 0, 64.0)
+    assert beside(study / "run", **chosen) == {"bn": ["35.5 [1] +0.50"]}
+    precise = {"evaluation__statistics": "precise", "evaluation__batch_size": 10}
+    imagenet(study / "other", "bn", 2, 0, 68.0, **precise)
+    assert beside(study / "other", **chosen) == {"bn": ["32.3 [1] −0.30"]}
+
+
 # The published numbers.
 
 
@@ -300,8 +335,10 @@ def test_a_row_without_a_batch_size(study):
     assert theirs == {"bn": ["n/a"], "gn": ["75.19 [1] +0.81"], "ws_gn": ["76.28 [2] −0.28"]}
     assert any(n.startswith("at no batch size that is named: BN 75.7, WS 19") for n in made.notes())
     imagenet(study / "small", "ws_gn", 2, 0, 70.0, experiment="ws_imagenet", free=True, sgd=2)
-    assert beside(study / "small", rule="last") == {"ws_gn": ["76.28 [1] −6.28"]}  # of the figure
-    assert "Fig. 1" in table(study / "small", rule="last").notes()[1]
+    assert beside(study / "small", rule="last") == {
+        "ws_gn": ["76.28 [1] −6.28"]
+    }  # of an unknown SGD batch
+    assert "Table 6" in table(study / "small", rule="last").notes()[1]
 
 
 def test_only_beside_the_same_network_on_all_of_the_same_data(study):

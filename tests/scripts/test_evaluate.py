@@ -76,7 +76,7 @@ def test_the_run_own_test_images_give_its_result(train, call, tmp_path, norm):
     model, _, _ = restore.load(run)  # and class by class, from the pixels
     pixels = result["pixels"]
     cfg = OmegaConf.load(run / ".hydra" / "config.yaml")
-    _, test = data.read(data.find(cfg.data, 8, cfg.recipe), cfg.data)
+    _, test = data.read(data.resolve(cfg.data, 8, cfg.recipe), cfg.data)
     with torch.no_grad():
         answers = model((test.images / 255 - pixels["mean"][0]) / pixels["std"][0]).argmax(1)
     for i, row in enumerate(found["classes"]):
@@ -251,7 +251,7 @@ def test_mistakes_get_one_line_and_leave_nothing(train, call, tmp_path):
         return err
 
     assert "not a run" in refused(tmp_path)
-    assert "norm=gn: is the run's; expected data.KEY=… or one of data, dev" in refused(
+    assert "norm=gn: is the run's; expected data.KEY=…, evaluation.KEY=… or one of" in refused(
         run, "norm=gn"
     )
     assert "model.weights=x: is the run's" in refused(run, "model.weights=x")

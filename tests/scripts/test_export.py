@@ -47,7 +47,7 @@ def test_the_program_takes_pixels_and_answers_like_the_run(train, call, norm):
     program = torch.export.load(run / "model.pt2").module()
     model, _, result = restore.load(run)
     cfg = OmegaConf.load(run / ".hydra" / "config.yaml")
-    training, test = data.read(data.find(cfg.data, 8, cfg.recipe), cfg.data)
+    training, test = data.read(data.resolve(cfg.data, 8, cfg.recipe), cfg.data)
     pixels = training.images.double() / 255
     mean, std = pixels.mean((0, 2, 3)), pixels.std((0, 2, 3), correction=0)
     assert result["pixels"] == {

@@ -53,7 +53,7 @@ def test_imagenet_need_not_be_there():
     assert 15 * GIB < row.memory < 30 * GIB
     text = told([row], limit=16 * GIB)
     assert "warning: bn at batch 32 needs about" in text
-    assert "the device has 16.0 GiB; protocol.forward=32 needs less" in text
+    assert "the device has 16.0 GiB; protocol.micro_batch=32 needs less" in text
 
 
 def test_only_the_same_computation_is_called_so():

@@ -1,6 +1,5 @@
 """scripts/study.py, and what it knows: the runs that commands ask for, and their states."""
 
-import fcntl
 import json
 import os
 import shutil
@@ -9,11 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 from rich.console import Console
 
 from scripts.study import asked, board, duration, summary
-from training.study import COMMANDS, State, cells, jobs, state
-from training.study import asked as asked_for
+from training.study import COMMANDS, State, cells, jobs, requested, state
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -65,8 +64,7 @@ def test_every_state(train):
     for file in sorted(runs["frn"].rglob("*"), reverse=True):
         file.rmdir() if file.is_dir() else file.unlink()
     runs["frn"].rmdir()
-    with open(runs["gn"] / ".lock") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with FileLock(runs["gn"] / ".lock"):
         lines = screen(study)
         assert state(runs["gn"]) == State("running", 30, 90, 10.0)
         assert "4 lines left out" in screen(study, height=2)
@@ -116,8 +114,7 @@ def test_a_run_that_another_process_trains_is_not_a_failure_of_a_sweep(train):
     done = train("-m", "batch=4,8")
     (folder,) = done.runs.glob("*/bn-b4-*")
     (folder / "result.json").unlink()
-    with open(folder / ".lock") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with FileLock(folder / ".lock"):
         swept = train("-m", "batch=4,8")
     assert swept.status == 0, swept.err
     assert "another process is training this run, skipped" in swept.out
@@ -145,7 +142,7 @@ def test_a_renamed_study_and_a_command_of_the_past(train):
     study = (done.runs / "before").rename(done.runs / "after")
     with open(study / COMMANDS, "a") as file:
         file.write("norm=gone seed=0\nnorm='\n")
-    runs, problems = asked_for(study)
+    runs, problems = requested(study)
     assert sorted(run.folder for run in runs) == sorted(study.glob("gn-*"))
     assert [problem.split(": ")[1:3] for problem in problems] == [
         ["norm=gone seed=0", "norm=gone"],

@@ -11,11 +11,15 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from hydra import compose, initialize_config_dir
+from torch.optim.swa_utils import update_bn
 
+import data
 from tests.training.test_step import PLAN, batches, network, recipe
-from training import distributed
+from training import distributed, evaluation
 from training.protocol import Plan
+from training.restore import network as network_of
 from training.step import Step
 
 ROOT = Path(__file__).parent.parent.parent
@@ -166,6 +170,51 @@ def test_a_lost_process_ends_the_run_and_the_same_command_goes_on(tmp_path):
     assert "devices is 2 there and absent here" in err
 
 
+def test_three_processes_go_on_bit_for_bit():
+    """Where the order in which gradients are added up could change a bit."""
+    script = ROOT / "tests" / "training" / "going_on.py"
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, *torchrun, script], env=environment, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert b"Warning" not in done.stderr
+
+
+class Unused(torch.nn.Module):
+    """A linear layer, and one that nothing comes to."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.used, self.unused = torch.nn.Linear(64, 3), torch.nn.Linear(64, 3)
+
+    def forward(self, x):
+        return self.used(x.flatten(1))
+
+
+def test_an_unused_parameter_has_no_gradient_in_company_either(monkeypatch):
+    """So no weight decay takes anything from it. A group of one process, which averages nothing, in
+    two passes an update."""
+    alone, together = Unused(), Unused()
+    steps = [Step(alone, PLAN, recipe())]
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        with monkeypatch.context() as several:
+            several.setattr(distributed, "world_size", lambda: 2)
+            plan = Plan(batch=4, sgd_batch=16, devices=2, micro_batch=4, lr=0.1)
+            steps.append(Step(together, plan, recipe()))
+            for images, labels in batches(3):
+                for step in steps:
+                    step(images, labels, 0.1)
+    finally:
+        dist.destroy_process_group()
+    assert alone.unused.weight.grad is None
+    assert together.unused.weight.grad is None
+    for key, value in Unused().state_dict().items():
+        assert torch.equal(together.state_dict()[key], alone.state_dict()[key]), key
+        assert torch.equal(together.state_dict()[key], value) == key.startswith("unused"), key
+
+
 def _environment(pid: int) -> dict[str, str]:
     pairs = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
     return dict(x.decode().split("=", 1) for x in pairs if b"=" in x)
@@ -207,7 +256,7 @@ def test_an_empty_variable_is_none(monkeypatch):
     for name in PARTNERS:
         monkeypatch.setenv(name, "")
     distributed.check_environment()
-    assert (distributed.size(), distributed.rank(), distributed.local_rank()) == (1, 0, 0)
+    assert (distributed.world_size(), distributed.rank(), distributed.local_rank()) == (1, 0, 0)
 
 
 def test_a_process_says_for_whom_it_waits(tmp_path):
@@ -250,7 +299,7 @@ def test_a_checkpoint_of_another_number_of_processes_is_refused():
     model = torch.nn.Linear(2, 2)
     with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
         recipe = compose("config").recipe
-    step = Step(model, Plan(batch=2, sgd_batch=4, devices=2, forward=2, lr=0.1), recipe)
+    step = Step(model, Plan(batch=2, sgd_batch=4, devices=2, micro_batch=2, lr=0.1), recipe)
     with pytest.raises(ValueError, match="devices=2: the checkpoint is of 1 processes"):
         step.load_state_dict({})
 
@@ -266,12 +315,51 @@ def test_each_process_gets_its_own_buffers_back(monkeypatch):
         values |= {k: v + 1 for k, v in first[part].items() if "running_" in k}
     assert own["ema"]
     state = first | {"others": [own]}
-    plan = Plan(batch=4, sgd_batch=16, devices=2, forward=4, lr=0.1)
+    plan = Plan(batch=4, sgd_batch=16, devices=2, micro_batch=4, lr=0.1)
     for rank in (0, 1):
         monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
         again = Step(network("bn"), plan, recipe(ema=0.5))
         again.load_state_dict(state)
-        for part, model in (("model", again.model), ("ema", again.evaluated)):
+        for part, model in (("model", again.model), ("ema", again.eval_model)):
             for key, value in model.state_dict().items():
                 there = first[part][key] + (rank if "running_" in key else 0)
                 assert torch.equal(value, there), (rank, part, key)
+
+
+def test_statistics_for_evaluation_are_those_of_all_processes(tmp_path):
+    """Each estimates over its own images, all evaluate by the mean; the frozen tail begins with it
+    and stays the same everywhere."""
+    by = ["evaluation.statistics=precise", "evaluation.batches=6", "evaluation.batch_size=20"]
+    args = ["norm=bn", "batch=4", "recipe.epochs=2", *by]
+    for name, keys in {"precise": [], "frozen": ["recipe.freeze_statistics=1"]}.items():
+        status, _, err = run(2, tmp_path / name, *args, *keys)
+        assert status == 0, err
+    state, [other] = checkpoint(tmp_path / "frozen"), checkpoint(tmp_path / "frozen")["others"]
+    for key, value in other["buffers"].items():
+        assert torch.equal(value, state["model"][key]), key
+
+    path = folder(tmp_path / "precise")
+    cfg = evaluation.configuration(path)
+    plan = Plan(4, 8, 2, 4, 0.1)
+    source = data.resolve(cfg.data, 8, cfg.recipe)
+    found = []
+    for rank in (0, 1):
+        where = torch.device("cpu")
+        loader = data.load(
+            *(source, cfg.data, cfg.recipe, 8, cfg.seed, where), rank=rank, world_size=2
+        )
+        _, model = network_of(cfg, plan, 10, 1)
+        model.load_state_dict(torch.load(path / "last.pt", weights_only=True)["model"])
+        for layer in evaluation.batch_norms(model):
+            layer.batch_size = None
+        seen = torch.cat([images for images, _ in loader.train(0)])
+        update_bn(seen[:60].split(20), model)
+        found.append(model)
+    for ours, theirs in zip(found[0].buffers(), found[1].buffers(), strict=True):
+        if ours.is_floating_point():
+            ours.add_(theirs).div_(2)
+    whole = data.load(source, cfg.data, cfg.recipe, 8, cfg.seed, torch.device("cpu"))
+    expected = evaluation.evaluate(found[0], whole.test(500))
+    made = result(tmp_path / "precise")
+    assert made["test_loss"] == pytest.approx(expected["test_loss"], rel=1e-5)
+    assert made["evaluation"]["statistics"] == "precise"

@@ -35,17 +35,17 @@ def played(monkeypatch):
         recordings.append(compute)
         return replay, results
 
-    monkeypatch.setattr(graph, "record", record)
+    monkeypatch.setattr(graph, "capture", record)
     monkeypatch.setattr(torch.cuda, "Stream", Stream)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
     monkeypatch.setattr(torch.cuda, "current_stream", Stream)
     return recordings
 
 
-def pair(scheme, options, say=print):
+def pair(scheme, options):
     """The same step twice, the first recorded, with its learning rate in a tensor as on a GPU."""
-    recorded = Step(network(scheme), PLAN, recipe(**options), graph=True, say=say)
-    recorded.lr = torch.tensor(0.0)
+    recorded = Step(network(scheme), PLAN, recipe(**options), graph=True)
+    recorded.lr = [torch.tensor(0.0) for _ in recorded.optimizer.param_groups]
     return recorded, Step(network(scheme), PLAN, recipe(**options))
 
 
@@ -58,8 +58,8 @@ def same(recorded, plain, updates=7):
         for ours, theirs in results:
             torch.testing.assert_close(ours, theirs)
     for ours, theirs in zip(
-        recorded.evaluated.state_dict().values(),
-        plain.evaluated.state_dict().values(),
+        recorded.eval_model.state_dict().values(),
+        plain.eval_model.state_dict().values(),
         strict=True,
     ):
         torch.testing.assert_close(ours, theirs)
@@ -79,16 +79,15 @@ def test_played_back_steps_are_the_steps(played, scheme, options):
     assert len(played) == 1
 
 
-def test_what_cannot_be_recorded_goes_on_without(played, monkeypatch):
+def test_what_cannot_be_recorded_goes_on_without(played, monkeypatch, caplog):
     def record(*args):
         played.append(args)
         raise RuntimeError("operation not permitted\nwhen stream is capturing")
 
-    said = []
-    monkeypatch.setattr(graph, "record", record)
-    same(*pair("bn", {}, said.append))
+    monkeypatch.setattr(graph, "capture", record)
+    same(*pair("bn", {}))
     assert len(played) == 1
-    assert said == [
+    assert caplog.messages == [
         "  runtime.graph: the step of this network cannot be recorded as a CUDA graph "
         "(operation not permitted); going on without"
     ]
@@ -103,21 +102,21 @@ def test_why_not(monkeypatch):
         return cfg
 
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
-    assert graph.wanted(config(), gpu)
-    assert graph.wanted(config(graph=True), gpu)
-    assert not graph.wanted(config(graph=False), gpu)
-    assert not graph.wanted(config(), cpu)
+    assert graph.enabled(config(), gpu)
+    assert graph.enabled(config(graph=True), gpu)
+    assert not graph.enabled(config(graph=False), gpu)
+    assert not graph.enabled(config(), cpu)
     for key, value, reason in (
         ("recipe.precision", "float16", "precision=float16 asks"),
         ("probe.name", "batch_statistics", "probe=batch_statistics looks into every step"),
         ("debug", {"name": "profile"}, "debug=profile shows"),
     ):
-        assert graph.obstacle(config(**{key: value}), gpu).startswith(reason)
-        assert not graph.wanted(config(**{key: value}), gpu)
+        assert graph.unsupported_reason(config(**{key: value}), gpu).startswith(reason)
+        assert not graph.enabled(config(**{key: value}), gpu)
         with pytest.raises(ValueError, match=r"^runtime.graph=true: no CUDA graph, "):
-            graph.wanted(config(graph=True, **{key: value}), gpu)
-    monkeypatch.setattr(distributed, "size", lambda: 2)
-    assert graph.obstacle(config(), gpu) == "devices=2 share a step"
+            graph.enabled(config(graph=True, **{key: value}), gpu)
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    assert graph.unsupported_reason(config(), gpu) == "devices=2 share a step"
 
 
 def test_asked_for_without_a_gpu(train):
@@ -125,3 +124,15 @@ def test_asked_for_without_a_gpu(train):
     expected = "error: runtime.graph=true: no CUDA graph, device=cpu has none; expected auto or"
     assert outcome.err.splitlines() == [f"{expected} false"]
     assert not outcome.runs.exists()
+
+
+def test_frozen_statistics_are_recorded_anew(played):
+    recorded, plain = pair("bn", {})
+    same(recorded, plain)
+    for step in (recorded, plain):
+        step.freeze_statistics()
+        step.freeze_statistics()  # as every epoch does
+    before = [value.clone() for value in recorded.model.buffers()]
+    same(recorded, plain)
+    assert len(played) == 2
+    assert all(torch.equal(a, b) for a, b in zip(before, recorded.model.buffers(), strict=True))

@@ -44,7 +44,7 @@ def test_batch_statistics_are_those_of_the_backward_formula(as_default):
             strict=True,
         ):
             values.append(value.detach())
-    row = probe.take()
+    row = probe.pop_epoch()
     means, variances, phis, psis = map(torch.stack, (means, variances, phis, psis))
     unit = {
         "mean": variances.mean().sqrt(),
@@ -56,7 +56,7 @@ def test_batch_statistics_are_those_of_the_backward_formula(as_default):
         close(row[f"probe/{name}/0"], values.mean(0).square().mean().sqrt().item())
         spread = values.var(0, correction=0).mean().sqrt() / unit[name]
         close(row[f"probe/{name}_spread/0"], spread.item())
-    assert probe.take() == {}
+    assert probe.pop_epoch() == {}
 
 
 def test_gradient_shift(as_default):
@@ -66,7 +66,7 @@ def test_gradient_shift(as_default):
     with probe.watch(0):
         y = conv(x)
         (y * torch.randn_like(y)).sum().backward()
-    row = probe.take()
+    row = probe.pop_epoch()
     w = conv.weight.detach().flatten(1)
     close(row["probe/gradient_shift/0"], 12**0.5)
     by_hand = (w.mean(1).square().mean() / w.square().mean()).sqrt() * 12**0.5
@@ -80,7 +80,7 @@ def test_centred_filters_have_no_shift(name, as_default):
     probe = probes.build("gradient_shift", 1, nn.Sequential(conv), batch=2)
     with probe.watch(0):
         conv(torch.rand(2, 3, 5, 5)).square().sum().backward()
-    assert probe.take()["probe/gradient_shift/0"] < 1e-9
+    assert probe.pop_epoch()["probe/gradient_shift/0"] < 1e-9
 
 
 @pytest.mark.parametrize("kind", ["batch_statistics", "gradient_shift"])
@@ -97,7 +97,7 @@ def test_hooks_are_there_only_while_it_watches(kind, library):
             assert (watched > plain) == (update == 0)
             model(torch.randn(4, 3, 64, 64)).sum().backward()
         assert sum(len(m._forward_hooks) for m in model.modules()) == plain
-    layers = {key.split("/")[2] for key in probe.take()}
+    layers = {key.split("/")[2] for key in probe.pop_epoch()}
     kinds = nn.Conv2d if kind == "gradient_shift" else norms.MABN2d
     expected = {n for n, m in model.named_modules() if isinstance(m, kinds)}
     assert layers == expected
@@ -116,7 +116,7 @@ def test_through_the_command_line(train, tmp_path, probe):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     keys = ["norm=bn", "batch=2", "protocol=ghost", "recipe.epochs=2"]
-    keys += ["protocol.sgd_batch=16", "protocol.forward=8"]
+    keys += ["protocol.sgd_batch=16", "protocol.micro_batch=8"]
     plain = train(*keys, runs=tmp_path / "plain")
     watched = train(*keys, f"probe={probe}")
     assert watched.status == 0, watched.err

@@ -18,17 +18,16 @@ import models
 import norms
 from data.mixing import Mixed
 from training import device
-from training.config import LATER
 from training.protocol import Plan
 from training.step import Step
 
 ROOT = Path(__file__).parents[2]
 RECIPE = {
-    **{key.removeprefix("recipe."): value for key, value in LATER.items()},
+    **dict(optimizer="sgd", betas=[0.9, 0.999], clip=0.0, ema=0.0, mixup=0.0, cutmix=0.0),
     **dict(momentum=0.9, nesterov=False, weight_decay=0.01, weight_decay_norms=True),
     **dict(precision="float32", label_smoothing=0.0),
 }
-PLAN = Plan(batch=4, sgd_batch=8, devices=1, forward=4, lr=0.1)
+PLAN = Plan(batch=4, sgd_batch=8, devices=1, micro_batch=4, lr=0.1)
 
 
 def recipe(**values):
@@ -95,10 +94,10 @@ def test_the_moving_average_is_its_formula(scheme):
         for key, value in model.state_dict().items():
             average = value.is_floating_point()
             expected[key] = 0.75 * expected[key] + 0.25 * value if average else value.clone()
-    assert plain.evaluated is alone
-    assert step.evaluated is not model
-    assert not step.evaluated.training
-    for key, value in step.evaluated.state_dict().items():
+    assert plain.eval_model is alone
+    assert step.eval_model is not model
+    assert not step.eval_model.training
+    for key, value in step.eval_model.state_dict().items():
         torch.testing.assert_close(value, expected[key], rtol=1e-5, atol=1e-6)
         assert torch.equal(model.state_dict()[key], alone.state_dict()[key])
     assert list(step.state_dict()["ema"]) == list(model.state_dict())
@@ -138,7 +137,7 @@ def test_channels_last_changes_nothing(scheme):
             )
         )
         forward = 4 if scheme == "sync_bn" else 8
-        plan = Plan(batch=4, sgd_batch=8, devices=1, forward=forward, lr=0.1)
+        plan = Plan(batch=4, sgd_batch=8, devices=1, micro_batch=forward, lr=0.1)
         step = Step(model, plan, recipe())
         losses = [step(*batch, 0.05)[0].item() for batch in batches(3)]
         assert all(kept) or layout != torch.channels_last  # as PWS's are in either
@@ -257,19 +256,6 @@ def test_runs(train, name):
     assert ("channels last in memory" in done.out) == (name != "contiguous")
 
 
-def test_a_run_from_before_these_keys_is_recognised(train):
-    folder = train("recipe.lr=0.2").run()
-    file = folder / ".hydra" / "config.yaml"
-    old = OmegaConf.load(file)
-    for key in LATER:
-        group, name = key.split(".")
-        del old[group][name]
-    OmegaConf.save(old, file)
-    assert "already, skipped" in train("recipe.lr=0.2").out
-    refused = train("recipe.lr=0.2", "recipe.clip=1", f"name={folder.name}")
-    assert "recipe.clip is 0.0 there and 1 here" in refused.err
-
-
 def test_killed_and_restarted_with_mixing_and_average(train, tmp_path):
     keys = ["batch=8", "recipe.epochs=4", "recipe.mixup=0.2", "recipe.cutmix=1", "recipe.ema=0.9",
             "recipe.optimizer=adamw", "recipe.lr=0.001", "checkpoint.every_updates=5"]  # fmt: skip
@@ -349,7 +335,7 @@ def test_overfit_shows_the_same_images_as_they_are():
     cfg = OmegaConf.create({"name": "digits", "train_fraction": 1.0, "holdout": 0.0})
     plain = recipe(crop=2, flip=False, mixup=0.5)
     loader = data.load(
-        data.find(cfg, 8, plain), cfg, plain, 8, 0, debug=OmegaConf.create({"images": 24})
+        data.resolve(cfg, 8, plain), cfg, plain, 8, 0, debug=OmegaConf.create({"images": 24})
     )
     seen = [torch.cat([x for x, _ in loader.train(epoch)]) for epoch in (0, 1)]
     shown = torch.cat([x for x, _ in loader.test(10)])

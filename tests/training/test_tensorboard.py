@@ -92,7 +92,7 @@ def attempt(folder: Path, start: int, losses: range, value: float) -> TensorBoar
     board = TensorBoard(folder, start, HYPERPARAMETERS)
     for update in losses:
         board.loss(update, value)
-    board.events.file.flush()
+    board.events.flush()
     return board
 
 
@@ -258,7 +258,7 @@ def test_the_table_of_a_study(tmp_path):
     summarize(study, markdown, {"accuracy": figure}, curves)
 
     board = Board(tmp_path)
-    shown = board.get("text/text", run="mine/table", tag="table")
+    shown = board.get("text/text", run="mine/table", tag="table/text_summary")
     assert len(shown) == 1
     assert "<td>bn</td>" in shown[0]["text"]
     assert "±" in shown[0]["text"]
@@ -288,7 +288,7 @@ def test_a_new_table_replaces_the_old_one(tmp_path, reader):
     assert not (study / "table" / "gn").exists()
 
     board = reader(tmp_path)
-    (shown,) = board.get("text/text", run="mine/table", tag="table")
+    (shown,) = board.get("text/text", run="mine/table", tag="table/text_summary")
     assert "new" in shown["text"]
     assert board.get("images/tags")["mine/table"].keys() == {"one"}
     assert board.images("mine/table", "one") == [figures["one"].read_bytes()]

@@ -8,14 +8,16 @@ from torch import nn
 import models
 import norms
 from training import optimizer, protocol
+from training.evaluation import evaluate
 from training.files import write
-from training.loop import evaluate
 from training.optimizer import learning_rate
 
 RECIPE = OmegaConf.create(
     {
         "lr": 0.1,
         "lr_batch": 32,
+        "mixup": 0.0,
+        "cutmix": 0.0,
         "momentum": 0.9,
         "nesterov": True,
         "weight_decay": 1e-4,
@@ -83,7 +85,7 @@ def test_weight_decay_by_type_of_module(name):
 
 
 def plan(batch, devices=1, **numbers):
-    cfg = {"batch": batch, "recipe": RECIPE, "protocol": {"sgd_batch": None, "forward": batch}}
+    cfg = {"batch": batch, "recipe": RECIPE, "protocol": {"sgd_batch": None, "micro_batch": batch}}
     numbers["name"] = "ghost" if numbers else "direct"
     return protocol.plan(OmegaConf.merge(cfg, {"protocol": numbers, "devices": devices}))
 
@@ -94,14 +96,14 @@ def plan(batch, devices=1, **numbers):
         (dict(batch=2), (2, 2, 2, 0.1 / 16)),
         (dict(batch=2, devices=8), (2, 16, 2, 0.05)),  # GN's table 2: 0.1 * N / 32 on 8 devices
         (dict(batch=2, sgd_batch=16), (2, 16, 2, 0.05)),
-        (dict(batch=4, sgd_batch=64, forward=64), (4, 64, 64, 0.2)),
-        (dict(batch=4, sgd_batch=64, forward=16), (4, 64, 16, 0.2)),
-        (dict(batch=4, devices=2, sgd_batch=64, forward=64), (4, 64, 32, 0.2)),
+        (dict(batch=4, sgd_batch=64, micro_batch=64), (4, 64, 64, 0.2)),
+        (dict(batch=4, sgd_batch=64, micro_batch=16), (4, 64, 16, 0.2)),
+        (dict(batch=4, devices=2, sgd_batch=64, micro_batch=64), (4, 64, 32, 0.2)),
     ],
 )
 def test_protocols(arguments, expected):
     made = plan(**arguments)
-    assert (made.batch, made.sgd_batch, made.forward) == expected[:3]
+    assert (made.batch, made.sgd_batch, made.micro_batch) == expected[:3]
     assert made.lr == pytest.approx(expected[3])
 
 
@@ -110,14 +112,16 @@ def test_protocols(arguments, expected):
     [
         dict(batch=3, sgd_batch=64),
         dict(batch=128, sgd_batch=64),
-        dict(batch=4, sgd_batch=64, forward=6),
-        dict(batch=4, sgd_batch=64, forward=48),
-        dict(batch=4, sgd_batch=64, forward=2),
+        dict(batch=4, sgd_batch=64, micro_batch=6),
+        dict(batch=4, sgd_batch=64, micro_batch=48),
+        dict(batch=4, sgd_batch=64, micro_batch=2),
         dict(batch=32, devices=4, sgd_batch=64),
     ],
 )
 def test_protocols_that_do_not_fit(arguments):
-    with pytest.raises(ValueError, match=r"protocol\.(sgd_batch|forward)=\d+: expected a multiple"):
+    with pytest.raises(
+        ValueError, match=r"protocol\.(sgd_batch|micro_batch)=\d+: expected a multiple"
+    ):
         plan(**arguments)
 
 
