@@ -3,8 +3,8 @@
     python examples/own_network.py
 
 It needs the layers alone (`pip install .`), downloads nothing and takes half a minute on a CPU.
-Each network is trained on batches of two images and then judged in evaluation mode, where batch norm
-pays for small batches: its running statistics are not those that it was trained with.
+Each network is trained on batches of two images and then judged in evaluation mode, where batch
+norm pays for small batches: its running statistics are not those that it was trained with.
 """
 
 import argparse
