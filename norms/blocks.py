@@ -47,6 +47,10 @@ class NoNorm(nn.Identity):
     def __init__(self, channels: int = 0):
         super().__init__()
 
+    def fold(self) -> nn.Module:
+        """See `norms/fold.py`."""
+        return nn.Identity()
+
 
 class BranchScale(nn.Module):
     """x * gain * factor at the end of a residual branch, with a learned number `gain`.

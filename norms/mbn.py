@@ -72,9 +72,8 @@ class MemorizedBatchNorm2d(BatchStatisticsNorm):
         m.check_variance(x, self.batch_size)
         mean, var = m.pool_images(*m.moments(x), self.batch_size)
         positions = float(x.numel() // (len(mean) * x.shape[1]))
-        means, vars_, counts = self.memories(mean.detach(), var.detach(), positions)
-
         alpha = self.lambdas(len(mean)).to(mean.dtype) * self.decay()
+        means, vars_, counts = self.memories(mean.detach(), var.detach(), positions)
         weights = torch.cat([alpha * counts, torch.full_like(mean[:, :1], positions)[:, None]], 1)
         weights = weights / weights.sum(1, keepdim=True)
         means = torch.cat([means, mean[:, None]], 1)  # (G, k + 1, C), the last one with gradients
