@@ -140,7 +140,7 @@ class CrossIterationBatchNorm2d(BatchStatisticsNorm):
         weight, bias = self.gain_and_shift()
         scale = weight * torch.rsqrt(var + self.eps)
         shift = bias - mean * scale
-        return m.scale_and_shift(x, *(m.expand_groups(v, x.shape[0]) for v in (scale, shift)))
+        return m.scale_and_shift(x, scale, shift)
 
     @torch.no_grad()
     def look_back(self, x: Tensor, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -187,10 +187,11 @@ class CrossIterationBatchNorm2d(BatchStatisticsNorm):
 
         n = x.numel() // (groups * x.shape[1])
         unbiased = var * (n / max(1, n - 1))
+        average = m.moving_average(groups, self.momentum, count)
         self.commit(
             **moved,
-            running_mean=m.moving_average(self.running_mean, mean, self.momentum, count)[1][-1],
-            running_var=m.moving_average(self.running_var, unbiased, self.momentum, count)[1][-1],
+            running_mean=average(self.running_mean, mean)[1][-1],
+            running_var=average(self.running_var, unbiased)[1][-1],
             num_batches_compensated=count + groups,
         )
         return windows[0], windows[1], valid[..., None]

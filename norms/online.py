@@ -74,10 +74,7 @@ def gradients_of(
     var: Tensor, decay: float, u: Tensor, w: Tensor,
 ) -> tuple[list[Tensor], list[Tensor]]:  # fmt: skip
     """The gradients of x, weight and bias, and u and w after all images."""
-    maps, dy32 = tuple(range(2, x.dim())), m.promote(dy)
-    total, product = dy32, dy32 * x
-    if maps:
-        total, product = total.sum(maps), product.sum(maps)
+    total, product = m.sum_maps(m.promote(dy)), m.sum_maps(m.promote(dy) * x)
     area = x.numel() // mean.numel()
     # Means over the map of z, z^2, g and g * z, all (N, C).
     z = (mean - before) * inverse
@@ -167,12 +164,13 @@ class OnlineNorm2d(BatchStatisticsNorm):
         """From the moments of every map to m and 1 / sqrt(v + eps) before each image, all (N, C),
         with the moments; moves m and v."""
         count, rate = self.num_images_normalized, self.momentum
-        before, after = m.moving_average(self.running_mean, mean, rate, count)
+        average = m.moving_average(len(mean), rate, count)
+        before, after = average(self.running_mean, mean)
         old: Any = 1 - (rate or 0)
         if rate is None:
             old = 1 - 1 / (count + torch.arange(1, len(mean) + 1, device=mean.device)[:, None])
         values = var + old * (mean - before).square()
-        v_before, v_after = m.moving_average(self.running_var, values, rate, count)
+        v_before, v_after = average(self.running_var, values)
         self.commit(
             running_mean=after[-1],
             running_var=v_after[-1],

@@ -40,7 +40,7 @@ class _PowerNorm(torch.autograd.Function):
         x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor, inverse: Tensor, square: Tensor,
         gamma: Tensor, decay: float, frozen: bool,
     ) -> Tensor:  # fmt: skip
-        return m.scale_and_shift(x, m.expand_groups(weight * scale, x.shape[0]), bias[None])
+        return m.scale_and_shift(x, weight * scale, bias[None])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
@@ -66,10 +66,7 @@ def gradients_of(
     gamma: Tensor, decay: float,
 ) -> tuple[list[Tensor], Tensor]:  # fmt: skip
     """The gradients of x, weight and bias, and Gamma after all groups."""
-    maps = tuple(range(2, x.dim()))
-    total, product = m.promote(dy), m.promote(dy) * x
-    if maps:
-        total, product = total.sum(maps), product.sum(maps)
+    total, product = m.sum_maps(m.promote(dy)), m.sum_maps(m.promote(dy) * x)
     total, product = m.sum_groups(total, len(scale)), m.sum_groups(product, len(scale)) * scale
     gz = weight * product * (total.numel() / x.numel())  # mean of g * z
     z2 = square * scale.square()  # mean of z^2
@@ -78,8 +75,7 @@ def gradients_of(
         gammas.append(gamma)
         gamma = gamma + gz[t] - (1 - decay) * gamma * z2[t]
     b = -(1 - decay) * torch.stack(gammas) * scale * inverse  # of x
-    a, b = m.realized(*(m.expand_groups(v, x.shape[0]) for v in (weight * inverse, b)))
-    a, b = m.over_maps(a, x), m.over_maps(b, x)
+    a, b = (m.over_images(v, x) for v in m.realized(weight * inverse, b))
     return [(dy * a + x * b).to(x.dtype), product.sum(0), total.sum(0)], gamma
 
 
