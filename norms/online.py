@@ -176,7 +176,7 @@ class OnlineNorm2d(BatchStatisticsNorm):
             running_var=v_after[-1],
             num_images_normalized=count + len(mean),
         )
-        return before, torch.rsqrt(v_before + self.eps), mean, var
+        return before.clone(), torch.rsqrt(v_before + self.eps), mean, var
 
     def compensate(self, y: Tensor) -> Tensor:
         if self.compensation == "layer_scaling":
