@@ -398,7 +398,7 @@ def test_gains_may_learn_slower():
     """bn_init: the learning rate of the gains alone is divided, and they have no weight decay."""
     torch.manual_seed(1)
     scheme = norms.build("bn", batch_size=4, lr_divisor=100.0)
-    model = models.build("resnet8", scheme=scheme, num_classes=3)
+    model = models.build("resnet8", scheme=scheme, num_classes=3, in_channels=1)
     step = Step(model, PLAN, recipe(momentum=0.0))
     before = {k: p.detach().clone() for k, p in model.named_parameters()}
     step(*batches(1)[0], 0.5)
