@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .convert import copy_attributes, reuse_parameters
+from .layer import Leaf
 
 Place = tuple[nn.Module, str]  # a module and the name of its child
 
@@ -41,14 +42,18 @@ def swap_norm(place: Place, new: Any) -> None:
     setattr(parent, name, new)
 
 
-class NoNorm(nn.Identity):
+class NoNorm(Leaf, nn.Identity):
     """In place of a norm, where it shows where a block's branch ends; (N, C, *) -> (N, C, *)."""
 
     def __init__(self, channels: int = 0):
         super().__init__()
 
+    def fold(self) -> nn.Module:
+        """See `norms/fold.py`."""
+        return nn.Identity()
 
-class BranchScale(nn.Module):
+
+class BranchScale(Leaf):
     """x * gain * factor at the end of a residual branch, with a learned number `gain`.
 
     (N, C, *) -> (N, C, *)."""

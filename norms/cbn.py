@@ -187,7 +187,7 @@ class CrossIterationBatchNorm2d(BatchStatisticsNorm):
 
         n = x.numel() // (groups * x.shape[1])
         unbiased = var * (n / max(1, n - 1))
-        average = m.moving_average(len(mean), self.momentum, count)
+        average = m.moving_average(groups, self.momentum, count)
         self.commit(
             **moved,
             running_mean=average(self.running_mean, mean)[1][-1],

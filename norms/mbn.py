@@ -72,15 +72,19 @@ class MemorizedBatchNorm2d(BatchStatisticsNorm):
         m.check_variance(x, self.batch_size)
         mean, var = m.pool_images(*m.moments(x), self.batch_size)
         positions = float(x.numel() // (len(mean) * x.shape[1]))
-        means, vars_, counts = self.memories(mean.detach(), var.detach(), positions)
-
         alpha = self.lambdas(len(mean)).to(mean.dtype) * self.decay()
-        weights = torch.cat([alpha * counts, torch.full_like(mean[:, :1], positions)[:, None]], 1)
-        weights = weights / weights.sum(1, keepdim=True)
-        means = torch.cat([means, mean[:, None]], 1)  # (G, k + 1, C), the last one with gradients
-        vars_ = torch.cat([vars_, var[:, None]], 1)
-        mean = (weights * means).sum(1)
-        var = (weights * ((means - mean[:, None]).square() + vars_)).sum(1)
+        means, vars_, counts = self.memories(mean.detach(), var.detach(), positions)
+        weights = alpha * counts
+        total = weights.sum(1)  # (G, 1)
+        weights = weights / torch.where(total > 0, total, 1.0)[:, None]
+        past_mean = (weights * means).sum(1)
+        past_var = (weights * ((means - past_mean[:, None]).square() + vars_)).sum(1)
+        part = positions / (total + positions)  # of the current batch in all
+        both = (1 - part) * past_mean + part * mean
+        var = (1 - part) * (past_var + (past_mean - both).square()) + part * (
+            var + (mean - both).square()
+        )
+        mean = both
         weight, bias = self.gain_and_shift()
         scale = weight * torch.rsqrt(var + self.eps)
         shift = bias - mean * scale

@@ -74,10 +74,7 @@ def gradients_of(
     var: Tensor, decay: float, u: Tensor, w: Tensor,
 ) -> tuple[list[Tensor], list[Tensor]]:  # fmt: skip
     """The gradients of x, weight and bias, and u and w after all images."""
-    maps, dy32 = tuple(range(2, x.dim())), m.promote(dy)
-    total, product = dy32, dy32 * x
-    if maps:
-        total, product = total.sum(maps), product.sum(maps)
+    total, product = m.sum_maps(m.promote(dy)), m.sum_maps(m.promote(dy) * x)
     area = x.numel() // mean.numel()
     # Means over the map of z, z^2, g and g * z, all (N, C).
     z = (mean - before) * inverse
@@ -179,7 +176,7 @@ class OnlineNorm2d(BatchStatisticsNorm):
             running_var=v_after[-1],
             num_images_normalized=count + len(mean),
         )
-        return before, torch.rsqrt(v_before + self.eps), mean, var
+        return before.clone(), torch.rsqrt(v_before + self.eps), mean, var
 
     def compensate(self, y: Tensor) -> Tensor:
         if self.compensation == "layer_scaling":

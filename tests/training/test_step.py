@@ -1,5 +1,6 @@
 """What changes an optimizer step, against plain formulas, and debug runs."""
 
+import copy
 import json
 import subprocess
 import sys
@@ -351,3 +352,55 @@ def test_profile(train):
     trace = json.loads((done.run() / "trace.json").read_text())
     names = [event.get("name") for event in trace["traceEvents"]]
     assert sum(name == "aten::_fused_sgd_" for name in names) == 2
+
+
+# --- what a scheme asks of the step
+
+
+@pytest.mark.parametrize("name", ["mbn", "mimicnorm"])
+def test_hooks_of_a_scheme(name):
+    """The second pass sees the weights behind the update, and moves the memory once per batch; the
+    projection holds after every step. Going on from a checkpoint is going on."""
+    scheme = norms.build(name, batch_size=4, sgd_batch_size=8)
+    model, again = network(name), network(name)
+    steps = [Step(m, PLAN, recipe(), scheme=scheme) for m in (model, again)]
+    first, second = batches(2)
+    steps[0](*first, 0.1)
+    if name == "mbn":
+        assert model.norm1.num_batches_memorized == 2
+        y = model.conv1(first[0][4:])
+        torch.testing.assert_close(model.norm1.moving_means[-1], y.mean((0, 2, 3)))
+    else:
+        weight = model.layer1[0].conv1.weight
+        assert weight.mean((1, 2, 3)).abs().max() < 1e-7
+    steps[1].load_state_dict(copy.deepcopy(steps[0].state_dict()))
+    for step in steps:
+        step(*second, 0.1)
+    for key, value in model.state_dict().items():
+        assert torch.equal(again.state_dict()[key], value), key
+
+
+def test_gains_may_learn_slower():
+    """bn_init: the learning rate of the gains alone is divided, and they have no weight decay."""
+    torch.manual_seed(1)
+    scheme = norms.build("bn", batch_size=4, lr_divisor=100.0)
+    model = models.build("resnet8", scheme=scheme, num_classes=3, in_channels=1)
+    step = Step(model, PLAN, recipe(momentum=0.0))
+    before = {k: p.detach().clone() for k, p in model.named_parameters()}
+    step(*batches(1)[0], 0.5)
+    for key, p in model.named_parameters():
+        decay = 0.0 if "norm" in key else 0.01 * before[key]
+        lr = 0.5 / 100 if "norm" in key and key.endswith("weight") else 0.5
+        torch.testing.assert_close(before[key] - p, lr * (p.grad + decay), atol=1e-6, rtol=1e-3)
+
+
+def test_adaptive_gradient_clipping():
+    """timm's, of all but the head."""
+    model = network("nf")
+    step = Step(model, PLAN, recipe(clip="agc", momentum=0.0, weight_decay=0.0))
+    step(*batches(1)[0], 0.5)
+    for key, p in model.named_parameters():
+        if p.ndim == 4:
+            length, most = p.grad.flatten(1).norm(dim=1), p.detach().flatten(1).norm(dim=1)
+            assert (length <= 0.011 * most.clamp(min=1e-3)).all(), key
+    assert model.fc.weight.grad.norm() > 0.011 * model.fc.weight.norm()
