@@ -16,6 +16,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
@@ -46,10 +47,9 @@ class ScaledWeightStandardization(StandardizedConv):
             nn.init.ones_(self.gain)
 
     def standardized(self) -> Tensor:
-        dims = tuple(range(1, self.weight.dim()))
-        var, mean = torch.var_mean(self.weight, dims, correction=0, keepdim=True)
-        scale = GAMMA * self.gain.view(var.shape) * self.weight[0].numel() ** -0.5
-        return (self.weight - mean) * scale * torch.rsqrt(var + self.eps)
+        scale = GAMMA * self.gain * self.weight[0].numel() ** -0.5
+        scale = scale.view(-1, *(1 for _ in self.weight.shape[1:]))
+        return scale * F.group_norm(self.weight, 1, eps=self.eps)
 
 
 class ScaledWSConv1d(ScaledWeightStandardization, nn.Conv1d):
