@@ -475,6 +475,8 @@ MISTAKES = [
     (["seed=18446744073709551617"], 1, ["expected a whole number from 0 to 9007199254740991"]),
     (["runtime.threads=100000"], 1, ["expected a whole number from 1 to 1024"]),
     (["recipe=imagenet_mabn"], 1, ["recipe.epochs=1: has no effect beside recipe.updates=600000"]),
+    (["norm=0.5"], 2, ["norm=0.5: expected the name of one of its options"]),
+    (["debug=[0.1,0.2]"], 2, ["debug=[0.1,0.2]: expected the name of one of its options"]),
     (["norm=GN"], 2, ["norm=GN: unknown (did you mean gn?)"]),
     (["lr=0.1"], 2, ["lr: no such key (did you mean recipe.lr?)"]),
     (["recipe.LR=0.1"], 2, ["recipe.LR: no such key (did you mean recipe.lr?)"]),
@@ -810,6 +812,37 @@ def test_a_truncated_checkpoint(train, tmp_path):
     assert "goes on after update 34" in again.out
     assert_same_weights(whole, damaged)
     assert metrics(whole) == metrics(damaged)
+
+
+def test_a_byte_that_changed_in_a_checkpoint(train, tmp_path):
+    """torch.load would take it for what was saved."""
+    keys = ["batch=8", "recipe.epochs=2"]
+    whole = train(*keys, runs=tmp_path / "whole").run()
+    folder = train(*keys).run()
+    (folder / "result.json").unlink()
+    content = bytearray((folder / "last.pt").read_bytes())
+    content[len(content) // 2] ^= 1
+    (folder / "last.pt").write_bytes(content)
+    assert "last.pt: damaged; going on from" in train(*keys).out
+    assert_same_weights(whole, folder)
+
+
+def test_files_of_another_run_are_not_this_ones(train):
+    """A copy from the folder of another seed, which has the same layers."""
+    other = train("seed=1").run("bn-b32-s1")
+    folder = train("seed=0").run("bn-b32-s0")
+    whole = {name: (folder / name).read_bytes() for name in ("last.pt", "result.json")}
+    shutil.copy(other / "result.json", folder)
+    refused = train("seed=0")
+    assert one_line(refused.err, f"{folder}: holds a run of another", "seed is 1 there and 0 here")
+    (folder / "result.json").unlink()
+    shutil.copy(other / "last.pt", folder)
+    again = train("seed=0")
+    assert f"{folder / 'last.pt'}: of another run; starting again" in again.out
+    before, after = (
+        json.loads(x) for x in (whole["result.json"], (folder / "result.json").read_bytes())
+    )
+    assert (before["top1"], before["test_loss"]) == (after["top1"], after["test_loss"])
 
 
 @pytest.mark.parametrize("file", ["result.json", ".hydra/config.yaml"])

@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Sweep
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.errors import (
     HydraException,
@@ -186,6 +187,16 @@ def as_typed(word: str) -> str:
     return f"{found[1]}={','.join(values)}"
 
 
+def check_group(word: str) -> None:
+    """Raise `ValueError` for an option of a group that is no name, at which Hydra ends."""
+    group, _, typed = word.lstrip("+").partition("=")
+    if group and typed and (process.ROOT / "configs" / group).is_dir():
+        with suppress(HydraException):  # which Hydra will say
+            value = OverridesParser.create().parse_override(word).value()
+            if not (value is None or isinstance(value, str | Sweep)):
+                raise ValueError(f"{group}={typed}: expected the name of one of its options")
+
+
 def arguments(words: list[str]) -> tuple[Any, list[str]]:
     """What is asked of Hydra, and the words for it: flags first, wherever they stood; folders of
     options absolute, so that any process finds them. Raises `ValueError` where there are none."""
@@ -213,6 +224,7 @@ def arguments(words: list[str]) -> tuple[Any, list[str]]:
                 given: Any = OverridesParser.create().parse_override(word).value()
                 places += given if isinstance(given, list) else [given]
                 continue
+        check_group(word)
         overrides.append(as_typed(word))
     if places:
         overrides.append(f"hydra.searchpath=[{','.join(quoted(place(str(x))) for x in places)}]")

@@ -5,6 +5,7 @@ import fcntl
 import json
 import math
 import os
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -97,6 +98,18 @@ def read(path: Path, *keys: str) -> dict[str, Any]:
         for key in keys:
             if not isinstance(content, dict) or key not in content:
                 raise ValueError(f"no {key} in it")
+    return content
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """A checkpoint of a run. Raises `ValueError` with its name if it is damaged."""
+    import torch  # which tables do without
+
+    with damaged(path, Exception):  # of pickle, zipfile and torch, for whatever stands in the file
+        with zipfile.ZipFile(path) as archive:  # torch writes checksums, but does not look at them
+            if wrong := archive.testzip():
+                raise ValueError(f"{wrong} has another checksum")
+        content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     return content
 
 
