@@ -66,7 +66,7 @@ class EstimatedBatchNorm2d(BatchStatisticsNorm):
         weight, bias = self.gain_and_shift()
         scale = weight * inverse
         shift = bias - mean * scale
-        return m.scale_and_shift(x, *(m.expand_groups(v, x.shape[0]) for v in (scale, shift)))
+        return m.scale_and_shift(x, scale, shift)
 
     def statistics(self, mean: Tensor, var: Tensor, area: int) -> tuple[Tensor, Tensor]:
         """From the moments of every map, (N, C), to mean and 1 / sqrt(var + eps) as each group
@@ -82,9 +82,9 @@ class EstimatedBatchNorm2d(BatchStatisticsNorm):
     def estimate(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
         """The same from the moments of every group; moves the estimates."""
         count = self.num_batches_estimated
-        before, means = m.moving_average(self.running_mean, mean, self.momentum, count)
-        around_old = var + (mean - before).square()
-        _, variances = m.moving_average(self.running_var, around_old, self.momentum, count)
+        average = m.moving_average(len(mean), self.momentum, count)
+        before, means = average(self.running_mean, mean)
+        _, variances = average(self.running_var, var + (mean - before).square())
         self.commit(
             running_mean=means[-1],
             running_var=variances[-1],
@@ -157,23 +157,23 @@ class BatchChannelNorm2d(Leaf):
         mean, var = m.moments(x)
         center, inverse = self.bn.statistics(mean, var, x[0, 0].numel())
         weight, bias = self.bn.gain_and_shift()
-        groups = (self.num_groups, -1)
 
-        # z = p * x + q is the batch norm's output, and has these moments in every map
-        p, center = (m.expand_groups(v, x.shape[0]) for v in (weight * inverse, center))
-        q = bias - p * center
-        z_mean, z_var = (mean - center) * p + bias, var * p.square()
-        z_mean, z_var = m.pool(z_mean.unflatten(1, groups), z_var.unflatten(1, groups), 2)
-        scale = torch.rsqrt(z_var + self.eps)  # (N, K), of the channel norm
+        # Numbers as (groups of images, images, groups of channels, channels). z = p * x + q is the
+        # batch norm's output, and has these moments in every map.
+        groups, channels = len(center), (self.num_groups, -1)
+        p = (weight * inverse).view(groups, 1, *channels)
+        center, bias = center.view(p.shape), bias.view(channels)
+        mean, var = (v.view(groups, -1, *p.shape[2:]) for v in (mean, var))
+        z_mean, z_var = m.pool((mean - center) * p + bias, var * p.square(), 3)
+        scale = torch.rsqrt(z_var + self.eps)  # of the channel norm
         if self.weight is not None:
             scale = scale * self.weight
         shift = -z_mean * scale
         if self.bias is not None:
             shift = shift + self.bias
-        scale, shift = (
-            v.repeat_interleave(x.shape[1] // self.num_groups, 1) for v in (scale, shift)
-        )
-        return m.scale_and_shift(x, p * scale, q * scale + shift)
+        scale, shift = scale[..., None], shift[..., None]
+        scale, shift = p * scale, (bias - p * center) * scale + shift
+        return m.scale_and_shift(x, scale.view(x.shape[:2]), shift.view(x.shape[:2]))
 
     def channel_norm(self, z: Tensor) -> Tensor:
         """The second line alone, by PyTorch's group norm."""

@@ -56,7 +56,7 @@ class GhostBatchNorm2d(BatchStatisticsNorm):
         weight, bias = self.gain_and_shift()
         scale = weight * inverse
         shift = bias - mean * scale
-        return m.scale_and_shift(x, *(m.expand_groups(v, x.shape[0]) for v in (scale, shift)))
+        return m.scale_and_shift(x, scale, shift)
 
     def one_group(self, x: Tensor) -> Tensor:
         """Of the batch as a whole: PyTorch's own function, on a copy of the state."""
@@ -87,9 +87,10 @@ class GhostBatchNorm2d(BatchStatisticsNorm):
         if self.running_mean is None or not self.training:
             return
         count = self.num_batches_tracked
+        average = m.moving_average(len(mean), self.momentum, count)
         self.commit(
-            running_mean=m.moving_average(self.running_mean, mean, self.momentum, count)[1][-1],
-            running_var=m.moving_average(self.running_var, var, self.momentum, count)[1][-1],
+            running_mean=average(self.running_mean, mean)[1][-1],
+            running_var=average(self.running_var, var)[1][-1],
             num_batches_tracked=count + len(mean),
         )
 

@@ -72,7 +72,7 @@ class BatchRenorm2d(BatchStatisticsNorm):
         weight, bias = self.gain_and_shift()
         scale = weight * r / std
         shift = bias + weight * d - mean * scale
-        return m.scale_and_shift(x, *(m.expand_groups(v, x.shape[0]) for v in (scale, shift)))
+        return m.scale_and_shift(x, scale, shift)
 
     @torch.no_grad()
     def correct(self, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
@@ -85,8 +85,9 @@ class BatchRenorm2d(BatchStatisticsNorm):
             low + (high - low) * ((step - self.start) / max(1, until - self.start)).clamp(0, 1)
             for low, high, until in self.limits
         )
-        before, after = m.moving_average(self.moving_mean, mean, self.momentum, count)
-        std_before, std_after = m.moving_average(self.moving_std, std, self.momentum, count)
+        average = m.moving_average(len(mean), self.momentum, count)
+        before, after = average(self.moving_mean, mean)
+        std_before, std_after = average(self.moving_std, std)
         self.commit(
             moving_mean=after[-1],
             moving_std=std_after[-1],

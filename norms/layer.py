@@ -146,6 +146,7 @@ class BatchStatisticsNorm(Leaf, nn.BatchNorm2d):
             f"this layer's last {self._recent.maxlen}, whose statistics are gone"
         )
 
+    @torch.no_grad()
     def commit(self, **moved: Tensor) -> None:
         """Move the state to these values, counters included, unless one is infinite or NaN: such a
         batch leaves all as it was, as a loss scaler skips a step."""
@@ -155,7 +156,7 @@ class BatchStatisticsNorm(Leaf, nn.BatchNorm2d):
         finite = (floats * 0).sum() == 0  # what is infinite or NaN gives NaN
         for name, value in moved.items():
             buffer = getattr(self, name)
-            buffer.copy_(torch.where(finite, value.detach(), buffer))
+            buffer.copy_(torch.where(finite, value, buffer))
 
     def __setattr__(self, name: str, value: Any) -> None:
         if value is None and name in BATCH_NORM_STATE and "num_batches_tracked" not in self.state:

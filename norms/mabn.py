@@ -115,7 +115,7 @@ class _MABN(torch.autograd.Function):
         x: Tensor, weight: Tensor, bias: Tensor, gain: Tensor, inverse: Tensor, own: Tensor,
         window: Tensor, frozen: bool,
     ) -> Tensor:  # fmt: skip
-        return m.scale_and_shift(x, m.expand_groups(weight * gain, x.shape[0]), bias[None])
+        return m.scale_and_shift(x, weight * gain, bias[None])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
@@ -149,16 +149,12 @@ def gradients_of(
     window: Tensor,
 ) -> tuple[list[Tensor], Tensor]:  # fmt: skip
     """The gradients of x, weight and bias, and the window moved on."""
-    maps = tuple(range(2, x.dim()))
-    total, product = m.promote(dy), m.promote(dy) * x
-    if maps:
-        total, product = total.sum(maps), product.sum(maps)
+    total, product = m.sum_maps(m.promote(dy)), m.sum_maps(m.promote(dy) * x)
     total, product = m.sum_groups(total, len(gain)), m.sum_groups(product, len(gain))
     a = weight * gain
     psi_bar, moved = window_means(window, a * product * (total.numel() / x.numel()), own)
     b = -(inverse**2) * psi_bar
-    a, b = m.realized(*(m.expand_groups(v, x.shape[0]) for v in (a, b)))
-    a, b = m.over_maps(a, x), m.over_maps(b, x)
+    a, b = (m.over_images(v, x) for v in m.realized(a, b))
     dx = (dy * a + x * b).to(x.dtype)
     return [dx, (gain * product).sum(0), total.sum(0)], moved
 
@@ -247,7 +243,7 @@ class MABN2d(BatchStatisticsNorm):
         step = count + torch.arange(1, len(square) + 1, device=square.device)[:, None]
         own = step < max(len(self.window_square) + 1, self.warmup)
         chi, window = window_means(self.window_square, square, own)
-        before, after = m.moving_average(self.running_square, chi, self.momentum, count)
+        before, after = m.moving_average(len(chi), self.momentum, count)(self.running_square, chi)
         self.commit(
             running_square=after[-1],
             window_square=window,
@@ -263,7 +259,7 @@ class MABN2d(BatchStatisticsNorm):
         total, inside = self.step_square + chi.sum(0), self.batches_in_step + len(square)
         ends = inside >= (self.batches_per_step or len(square))
         mean = total / inside
-        _, moved = m.moving_average(running, mean[None], self.momentum, steps)
+        _, moved = m.moving_average(1, self.momentum, steps)(running, mean[None])
         moved = torch.where(steps == 0, mean, moved[0])
         free = (steps + 1 >= self.warmup).expand_as(own)
         self.commit(

@@ -10,9 +10,11 @@ statistics, in order.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -51,51 +53,41 @@ def check_variance(x: Tensor, batch_size: int | None) -> None:
         )
 
 
-def _positions(x: Tensor) -> tuple[int, ...]:
-    return tuple(range(2, x.dim()))
+def sum_maps(x: Tensor) -> Tensor:
+    """(N, C, *) -> (N, C)."""
+    return x.sum(tuple(range(2, x.dim()))) if x.dim() > 2 else x
 
 
 def moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of every map: (N, C, *) -> (N, C), (N, C)."""
-    x = promote(x)
-    if x.dim() == 2:
-        return x, torch.zeros_like(x)
-    if torch.compiler.is_compiling():
-        # Sums around a pixel vectorize better than Inductor's Welford steps, and are as exact
-        # where the pixel is one of the map; the centre, since zero padding makes corners outliers.
-        centre: tuple[Any, ...] = (..., *(size // 2 for size in x.shape[2:]))
-        pixel = x[centre].detach()
-        x = x - over_maps(pixel, x)
-        mean = x.mean(_positions(x))
-        return realized(pixel + mean, x.square().mean(_positions(x)) - mean.square())
-    var, mean = torch.var_mean(x, _positions(x), correction=0)  # keeps nothing but x
-    return mean, var
+    x, size = promote(x), math.prod(x.shape[2:])
+    mean = sum_maps(x) / size
+    # The squares are summed around a constant near the mean, so that nothing cancels; with it comes
+    # the shift to the mean, and so every derivative. `torch.var_mean` would take seven times as
+    # long on a CPU. Compiled, a pixel of the map spares a pass over x: its middle one, since zero
+    # padding makes corners outliers.
+    compiling = torch.compiler.is_compiling()
+    pixel: tuple[Any, ...] = (..., *(n // 2 for n in x.shape[2:]))
+    center = (x[pixel] if compiling else mean).detach()
+    square = F.mse_loss(x, over_maps(center, x).expand_as(x), reduction="none")  # keeps x alone
+    return realized(mean, sum_maps(square) / size - (mean - center).square())
 
 
 def mean_square(x: Tensor) -> Tensor:
     """Mean of x^2 over every map: (N, C, *) -> (N, C)."""
-    square = promote(x).square()
-    return square.mean(_positions(x)) if x.dim() > 2 else square
+    return sum_maps(promote(x).square()) / math.prod(x.shape[2:])
 
 
 def pool(mean: Tensor, var: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of a union of equally large sets, from those of each set."""
-    between, pooled = torch.var_mean(mean, dim, correction=0)
-    return pooled, var.mean(dim) + between
+    pooled = mean.mean(dim, keepdim=True)
+    return pooled.squeeze(dim), (var + (mean - pooled).square()).mean(dim)
 
 
 def pool_images(mean: Tensor, var: Tensor, batch_size: int | None) -> tuple[Tensor, Tensor]:
     """Moments of every group of images from those of every map: (N, C) -> (G, C), twice."""
     shape = (count_groups(mean, batch_size), -1, mean.shape[1])
     return pool(mean.reshape(shape), var.reshape(shape), 1)
-
-
-def expand_groups(values: Tensor, images: int) -> Tensor:
-    """(G, C) values of groups -> (N, C) of their images, or (1, C) where there is one group."""
-    groups, channels = values.shape
-    if groups == 1:
-        return values
-    return values[:, None].expand(-1, images // groups, -1).reshape(images, channels)
 
 
 def sum_groups(values: Tensor, groups: int) -> Tensor:
@@ -116,38 +108,57 @@ def over_maps(values: Tensor, x: Tensor) -> Tensor:
     return values.view(*values.shape, *(1 for _ in x.shape[2:]))
 
 
+def over_images(values: Tensor, x: Tensor) -> Tensor:
+    """(G, C) values of groups of images -> (N, C, 1, ...), to be combined with x."""
+    groups, images = values.shape[0], x.shape[0] // values.shape[0]
+    if groups > 1 and images > 1:
+        values = values[:, None].expand(-1, images, -1).flatten(0, 1)
+    return over_maps(values, x)
+
+
 def scale_and_shift(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """x * scale + shift, with (N, C) or (1, C) numbers, in the type of x."""
+    """x * scale + shift in the type of x, with (G, C) numbers of G groups of images, up to N."""
     scale, shift = realized(scale, shift)
-    y = torch.addcmul(over_maps(shift, x), x, over_maps(scale, x))
+    y = torch.addcmul(over_images(shift, x), x, over_images(scale, x))
     # A `to` without anything to do, as a function's result, loses its gradient where torch 2.11
     # compiles it.
     return y if y.dtype == x.dtype else y.to(x.dtype)
 
 
-def moving_average(
-    start: Tensor, values: Tensor, rate: float | None, count: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Before and after each of G updates s <- (1 - rate) s + rate v, which begin at `start`.
+Average = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
-    (C,), (G, C) -> (G, C) twice, as one product with a triangular matrix instead of G steps; in
-    float64, so that groups in one pass give what they give one by one. A rate of None is 1 / k at
-    the k-th update, which makes it the mean of all values; `count` updates went before.
+
+def moving_average(groups: int, rate: float | None, count: Tensor) -> Average:
+    """A function of `start`, (C,), and `values` of G groups, (G, C): the moving average before and
+    after each of the G updates s <- (1 - rate) s + rate v, (G, C) twice.
+
+    One product with a triangular matrix instead of G steps, in float64, so that groups in one pass
+    give what they give one by one. A rate of None is 1 / k at the k-th update, which makes it the
+    mean of all values; `count` updates went before.
     """
-    if len(values) == 1 and rate is not None:
-        return start.clone()[None], ((1 - rate) * start + rate * values[0])[None]
-    steps = torch.arange(len(values) + 1, device=values.device)
+    steps = torch.arange(groups + 1, device=count.device)
     if rate is None:
-        total = torch.cat([start[None] * count, values]).double().cumsum(0)
-        moved = total / (count + steps).clamp(min=1)[:, None]
-        moved = torch.cat([start[None], moved[1:]])
-    else:
-        age = (steps[:, None] - steps).clamp(min=0).double()
-        weights = ((1 - rate) ** age).tril()
-        weights = torch.cat([weights[:, :1], weights[:, 1:] * rate], 1)
+        divisor = (count + steps).clamp(min=1)[:, None]
+
+        def mean(start: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+            sums = torch.cat([start[None] * count, values]).double().cumsum(0)
+            moved = torch.cat([start[None], (sums / divisor)[1:].to(values.dtype)])
+            return moved[:-1], moved[1:]
+
+        return mean
+
+    # Of the start, in the first column, and of the values in what every update makes.
+    weights = ((1 - rate) ** (steps[:, None] - steps).clamp(min=0).double()).tril()
+    weights[:, 1:] *= rate
+
+    def average(start: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        if groups == 1:
+            return start.clone()[None], ((1 - rate) * start + rate * values[0])[None]
         moved = weights @ torch.cat([start[None].to(values.dtype), values]).double()
-    moved = moved.to(values.dtype)
-    return moved[:-1], moved[1:]
+        moved = moved.to(values.dtype)
+        return moved[:-1], moved[1:]
+
+    return average
 
 
 def batches_per_step(batch_size: int | None, sgd_batch_size: int | None) -> int | None:

@@ -21,6 +21,7 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.init import _calculate_correct_fan
 
@@ -67,10 +68,8 @@ class ParametricWeightStandardization(StandardizedConv):
             he_init(self, self.mode)
 
     def standardized(self) -> Tensor:
-        dims = tuple(range(1, self.weight.dim()))
-        var, mean = torch.var_mean(self.weight, dims, correction=0, keepdim=True)
-        scale = (self.gain * self.alpha).view(var.shape) * torch.rsqrt(var + self.gamma)
-        return (self.weight - mean) * scale
+        gain = (self.gain * self.alpha).view(-1, *(1 for _ in self.weight.shape[1:]))
+        return gain * F.group_norm(self.weight, 1, eps=self.gamma)
 
 
 class PWSConv1d(ParametricWeightStandardization, nn.Conv1d):

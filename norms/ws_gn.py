@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .gn import grouping
@@ -22,14 +23,14 @@ from .standardized import StandardizedConv, check_filters
 
 def standardize(weight: Tensor, eps: float, unbiased: bool, eps_inside: bool) -> Tensor:
     """(W - mean) / (std + eps), or over sqrt(var + eps), of every filter; `unbiased`: by n - 1."""
-    how: dict[str, Any] = dict(
-        dim=tuple(range(1, weight.dim())), correction=int(unbiased), keepdim=True
-    )
-    if eps_inside:
-        var, mean = torch.var_mean(weight, **how)
-        return (weight - mean) * torch.rsqrt(var + eps)
-    std, mean = torch.std_mean(weight, **how)
-    return (weight - mean) / (std + eps)
+    shape = weight.shape[1:]
+    count = shape.numel() - int(unbiased)
+    if eps_inside:  # a group norm of filters, with the variance by n
+        ratio = count / shape.numel()
+        return F.group_norm(weight, 1, eps=eps * ratio) * ratio**0.5
+    weight = weight - weight.mean(tuple(range(1, weight.dim())), keepdim=True)
+    norm = torch.linalg.vector_norm(weight.flatten(1), dim=1).view(-1, *(1 for _ in shape))
+    return weight / (norm / count**0.5 + eps)
 
 
 class WeightStandardization(StandardizedConv):

@@ -52,3 +52,10 @@ choose norm=brn_short
 study() { train study=cifar10_cpu "$@"; }
 study norm=bn,bcn,mabn recipe.lr=0.2 seed=0 batch=2,8,32
 study norm=pws recipe.lr=0.1 seed=0 batch=32
+study norm=gn recipe.lr=0.4 norm.channels_per_group=2 seed=0 batch=32
+study norm=ws_gn recipe.lr=0.1 norm.channels_per_group=8 seed=0 batch=32
+study norm=bn,bcn,mabn recipe.lr=0.2 seed=1 batch=2,8,32
+study norm=pws recipe.lr=0.1 seed=1 batch=32
+study norm=gn recipe.lr=0.4 norm.channels_per_group=2 seed=1 batch=32
+study norm=ws_gn recipe.lr=0.1 norm.channels_per_group=8 seed=1 batch=32
+study norm=bn,bcn,mabn recipe.lr=0.2 seed=0,1 batch=4
