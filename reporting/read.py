@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from training.config import flatten, identity, read_config
-from training.files import RESULT, damaged, read, read_metrics, read_result
+from training.files import RESULT, damaged, read, read_data, read_metrics, read_result
 
 STATES = ("diverged", "failed", "unfinished", "damaged")
 """Of runs that are not finished."""
@@ -91,7 +91,7 @@ def row_of(folder: Path) -> dict[str, Any]:
         row |= configuration(folder)
         row["history"] = read_metrics(folder)
         if (folder / "data.json").exists():
-            row["kept"] = read(folder / "data.json", "root", "files")
+            row["kept"] = read_data(folder / "data.json")
         if over:
             own = {key: row[key] for key in ("batch_size", "seed")}
             row |= {"error": None} | flatten(finished(folder, row["history"], own))

@@ -137,6 +137,19 @@ def read_result(folder: Path) -> dict[str, Any]:
     return result
 
 
+def read_data(path: Path) -> dict[str, Any]:
+    """The data.json of a run: root, files. Raises `ValueError` with its name if it is damaged."""
+    kept = read(path, "root", "files")
+    with damaged(path, (TypeError, ValueError, KeyError, AttributeError)):
+        for part in ("train", "test"):
+            for name, (count, digest) in kept["files"][part].items():
+                if type(count) is not int or not isinstance(digest, str):
+                    raise ValueError(f"{part}/{name} is {count!r}, {digest!r}")
+        if not isinstance(kept["root"], str):
+            raise ValueError(f"root is {kept['root']!r}; expected a path")
+    return kept
+
+
 def read_metrics(folder: Path) -> list[dict[str, float]]:
     """The rows of metrics.csv without their empty fields; none without the file. Raises
     `ValueError` with its name for a row that is cut off or a field that is no finite number."""

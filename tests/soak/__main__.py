@@ -20,12 +20,12 @@ from pathlib import Path
 COUNTS = {"damage": 1000, "combinations": 2000, "kills": 200, "images": 1000}  # at length 1
 
 
-def part(name: str, seed: int, count: int, only: int | None, home: Path) -> bool:
+def part(name: str, seed: int, count: int, minutes: float, only: int | None, home: Path) -> bool:
     """Whether nothing was wrong."""
     from tests.soak import combinations, damage, harness, images, kills
 
     harness.warm()
-    found = harness.Part(name, seed, home)
+    found = harness.Part(name, seed, home, minutes)
     begin = time.monotonic()
     tries = dict(damage=damage, combinations=combinations, kills=kills, images=images)[name]
     tries.run(found, count, only)
@@ -44,6 +44,7 @@ def main() -> None:
     )
     parser.add_argument("--length", type=float, default=1.0, help="1: about an hour on two cores")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--minutes", type=float, default=1e9, help="the most that a part may take")
     parser.add_argument("--jobs", type=int, default=2, help="parts at a time")
     parser.add_argument("--part", choices=COUNTS, help="this alone")
     parser.add_argument("--only", type=int, metavar="NUMBER", help="this try of the part alone")
@@ -51,7 +52,7 @@ def main() -> None:
     if args.part:
         home = Path(tempfile.mkdtemp(prefix=f"soak-{args.part}-"))
         count = max(1, round(COUNTS[args.part] * args.length))
-        right = part(args.part, args.seed, count, args.only, home)
+        right = part(args.part, args.seed, count, args.minutes, args.only, home)
         if right and args.only is None:
             from tests.soak.harness import remove
 
@@ -63,6 +64,7 @@ def main() -> None:
     def start(name: str) -> int:
         words = [sys.executable, "-m", "tests.soak", "--part", name]
         words += ["--length", str(args.length), "--seed", str(args.seed)]
+        words += ["--minutes", str(args.minutes)]
         return subprocess.run(words).returncode
 
     print(f"{shlex.join(sys.argv)}, seed {args.seed}, length {args.length}, {os.cpu_count()} cores")

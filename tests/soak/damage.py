@@ -15,7 +15,7 @@ COMMAND += ["data=folder", "data.root=../photos", "data.size=8", "data.cache=cac
 COMMAND += ["model=resnet8", "recipe=digits", "recipe.epochs=3", "checkpoint.every_updates=4"]
 TABLE, BOARD = ["scripts/table.py", "runs/s"], ["scripts/study.py", "runs/s"]
 # Nobody's result: traces for whoever watches, and what is written anew.
-UNIMPORTANT = ("events", "table/events", "hydra.yaml", "table.md", "table.csv", "table.tex")
+UNIMPORTANT = ("events", "hydra.yaml", "overrides.yaml", "table.md", "table.csv", "table.tex")
 
 
 def content(rng: random.Random) -> bytes:
@@ -122,6 +122,8 @@ def run(part: Part, count: int, only: int | None) -> None:
         what = f"{kind}: {file.relative_to(folder)}"
         first = [] if rng.random() < 0.8 else [Child(BOARD, folder).wait()]
         outcomes = [*first, *(Child(words, folder).wait() for words in (COMMAND, TABLE, BOARD))]
+        if file.name == "last.pt":  # of a finished run nobody else reads it
+            outcomes.append(Child(["scripts/evaluate.py", str(file.parent)], folder).wait())
         for outcome in outcomes:
             if found := outcome.wrong(one_line=outcome.words is not COMMAND):
                 part.fault(f"{what}: {', '.join(found)}", outcome)

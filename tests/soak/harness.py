@@ -264,13 +264,16 @@ class Part:
     name: str
     seed: int
     home: Path
+    minutes: float = float("inf")
     tried: Counter[str] = field(default_factory=Counter)
     faults: list[str] = field(default_factory=list)
 
     def tries(self, count: int, only: int | None = None) -> Iterator[tuple[random.Random, Path]]:
-        """Random numbers and an empty folder, `count` times."""
+        """Random numbers and an empty folder, `count` times or until the time is over."""
         begin = time.monotonic()
         for self.number in range(count) if only is None else [only]:
+            if time.monotonic() - begin > 60 * self.minutes:
+                break
             folder = self.home / f"{self.name}-{self.number}"
             folder.mkdir()
             before = len(self.faults)
