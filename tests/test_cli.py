@@ -483,6 +483,7 @@ MISTAKES = [
     (["data.root=/a=b"], 2, ["""with such letters is quoted: 'data.root="/a=b"'"""]),
     (["study=Größe"], 2, ["""is quoted: 'study="Größe"'"""]),
     (["data.root=~/a"], 2, [f"""is quoted: 'data.root="{Path.home()}/a"'"""]),
+    (["hydra.verbose=[0.5]"], 1, ["hydra.verbose=[0.5]: cannot be set to that"]),
     (["hydra.run.dir=x"], 1, ["hydra.run.dir=x: a run's folder is runtime.runs/study/name"]),
     (["-m", "hydra.sweep.dir=x"], 1, ["hydra.sweep.dir=x: a run's folder is"]),
     (["hydra.job.chdir=true"], 1, ["hydra.job.chdir=true: a run's folder is"]),

@@ -26,7 +26,7 @@ from omegaconf import OmegaConf
 
 from training import distributed, process
 from training.config import cannot_write, quoted, search_path, shown
-from training.messages import MISTAKES, explain
+from training.messages import MISTAKES, explain, first
 
 WORKER = "SMALLBATCH_WORKER"  # in the environment of a run that a launcher started
 PATIENCE = 30.0  # seconds that a run has to stop
@@ -94,6 +94,8 @@ class Report(Callback):
 
     pid = 0
     """Of the process that the sweep is in; launchers have others."""
+    composed = False
+    """Whether Hydra is through with its part."""
     elsewhere = False
     """Whether it is a launcher of another package that trains the runs."""
     failures = 0
@@ -110,6 +112,7 @@ class Report(Callback):
         cls.told.add(reason)
 
     def on_run_start(self, config: Any, **kwargs: Any) -> None:
+        Report.composed = True
         try:
             check(config)
         except MISTAKES as error:
@@ -263,6 +266,7 @@ def run(main: Callable[[], Any]) -> None:
         threading.Thread(target=stop_with_launcher, daemon=True).start()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # so that Hydra leaves its errors to us
     error: Exception | None = None
+    Report.composed = False
     try:
         main()
     except KeyboardInterrupt as stop:
@@ -275,7 +279,10 @@ def run(main: Callable[[], Any]) -> None:
             print(f"interrupted; {what}", file=sys.stderr)
         sys.exit(getattr(stop, "status", 130))
     except Exception as raised:
+        words = [word for word in sys.argv[1:] if word.lstrip("+~").startswith("hydra.")]
         error = raised
+        if words and not Report.composed and not is_mistake(raised):
+            error = ValueError(f"{' '.join(words)}: cannot be set to that ({first(raised)})")
     finally:
         distributed.leave()
     left = [f for f in Report.folders if error and (f / "error.txt").exists()]
