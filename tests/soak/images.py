@@ -30,7 +30,6 @@ FORMATS = {  # ending: format, modes
     "webp": ("WEBP", ("L", "RGB", "RGBA")),
     "ppm": ("PPM", ("1", "L", "RGB", "I;16")),
     "GIF": ("GIF", ("L", "P")),  # of an ending that is not read
-    "png ": ("ICO", ("RGBA",)),
 }
 OTHER = ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PCX", "TGA", "ICO", "JPEG2000")
 SIDES = (SIZE, SIZE, 1, 2, 3, 7, 15, 17, 31, 64, 200, 3000)
@@ -164,7 +163,7 @@ def run(part: Part, count: int, only: int | None) -> None:
         mode = rng.choice(modes)
         how = rng.choice(BROKEN) if rng.random() < 0.5 else "whole"
         where = folder / rng.choice(["train", "test"]) / rng.choice(["cat", "dog"])
-        file = where / f"{rng.choice(['x', 'ü ä', '[b]', 'a' * 100])}.{ending.strip()}"
+        file = where / f"{rng.choice(['x', 'ü ä', '[b]', 'a' * 100])}.{ending}"
         content, shown = encode(rng, kind, mode)
         if how == "whole":
             file.write_bytes(content)
