@@ -701,6 +701,15 @@ def test_a_signal_writes_a_checkpoint_first(train, tmp_path):
     assert not list(both[1].glob("*.tmp"))
 
 
+def test_a_signal_before_the_command_is_read(train, monkeypatch):
+    """It ends the process at once, where raised it would be a traceback."""
+    seen, read = [], cli.arguments
+    look = lambda words: seen.append(signal.getsignal(signal.SIGTERM)) or read(words)  # noqa: E731
+    monkeypatch.setattr(cli, "arguments", look)
+    assert train("recipe.updates=1").status == 0
+    assert seen == [signal.SIG_DFL]
+
+
 @pytest.mark.parametrize("where", ["evaluation", "images"])
 def test_a_signal_while_the_run_waits(train, monkeypatch, tmp_path, where):
     """For what may take minutes; on the way back nothing is missing in any file."""

@@ -252,7 +252,6 @@ def place(path: str) -> str:
 
 def run(main: Callable[[], Any]) -> None:
     """Call Hydra's entry point; exit 2 for what cannot be composed, 1 for what cannot be run."""
-    process.handle()
     process.find_project()
     try:
         distributed.check_environment()
@@ -268,6 +267,7 @@ def run(main: Callable[[], Any]) -> None:
     error: Exception | None = None
     Report.composed = False
     try:
+        process.handle()  # until here a signal ends the process at once, without a traceback
         main()
     except KeyboardInterrupt as stop:
         process.handle(signal.SIG_IGN)
