@@ -18,7 +18,7 @@ from PIL import Image
 
 import data
 from tests.data.folders import noise
-from tests.soak.harness import ROOT, Part
+from tests.soak.harness import ROOT, Part, obey_permissions
 
 SIZE = 16
 FORMATS = {  # ending: format, modes
@@ -181,6 +181,7 @@ def run(part: Part, count: int, only: int | None) -> None:
         if pid == 0:
             code = 1
             try:
+                obey_permissions()
                 report(part, both, what, file, shown.size == (SIZE, SIZE) and how == "whole")
                 code = bool(part.faults)
             except BaseException as error:
