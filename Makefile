@@ -1,5 +1,6 @@
 # make quickstart   train six schemes at four batch sizes, then show the table and the figure
 # make test         the test suite
+# make soak         random kills, keys, damage and images: LENGTH=1 is about an hour on two cores, SEED=0
 # make lint         formatting, lint and types
 # make bench        the benchmarks, at sizes for minutes on two CPU cores; nothing compiled
 # make setup        the environment in .venv (the others do this too)
@@ -7,7 +8,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup quickstart test lint bench
+.PHONY: setup quickstart test soak lint bench
 setup: .venv/done
 
 # A second call finds the stamp and is quick; another pyproject or constraints renews it.
@@ -31,6 +32,11 @@ quickstart: setup
 
 test: setup
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+LENGTH ?= 1
+SEED ?= 0
+soak: setup
+	$(BIN)/python -m tests.soak --length $(LENGTH) --seed $(SEED)
 
 # Into runs/benchmarks; without --out they renew results/.
 bench: setup

@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from training.config import flatten, identity, read_config
-from training.files import RESULT, damaged, read, read_metrics, read_result
+from training.files import RESULT, damaged, read, read_data, read_metrics, read_result
 
 STATES = ("diverged", "failed", "unfinished", "damaged")
 """Of runs that are not finished."""
@@ -91,9 +91,10 @@ def row_of(folder: Path) -> dict[str, Any]:
         row |= configuration(folder)
         row["history"] = read_metrics(folder)
         if (folder / "data.json").exists():
-            row["kept"] = read(folder / "data.json", "root", "files")
+            row["kept"] = read_data(folder / "data.json")
         if over:
-            row |= {"error": None} | flatten(finished(folder, row["history"]))
+            own = {key: row[key] for key in ("batch_size", "seed")}
+            row |= {"error": None} | flatten(finished(folder, row["history"], own))
     except ValueError as error:
         row |= {"status": "damaged", "error": str(error)}
     return row
@@ -148,13 +149,22 @@ def resolved(config: DictConfig) -> dict[str, Any]:
     return flat
 
 
-def finished(folder: Path, epochs: list[dict[str, float]]) -> dict[str, Any]:
-    """The result of a run that is over. Raises `ValueError` where metrics.csv ends elsewhere."""
+def finished(folder: Path, epochs: list[dict[str, float]], own: dict[str, Any]) -> dict[str, Any]:
+    """The result of a run that is over. Raises `ValueError` where it is not that of `own`, or where
+    metrics.csv ends elsewhere."""
     result = read_result(folder)
-    last = epochs[-1]["update"] if epochs else 0
-    if result["status"] == "finished" and last != result["updates"]:
-        with damaged(folder / "metrics.csv", ValueError):
-            raise ValueError(f"it ends at update {last}, the run at {result['updates']}")
+    with damaged(folder / "result.json", ValueError):
+        for key, value in own.items():
+            if result[key] != value:
+                raise ValueError(f"{key} is {result[key]}, the run's is {value}")
+    last = epochs[-1] if epochs else {"update": 0}
+    ends = {"update": "updates", "test_top1": "top1"}
+    with damaged(folder / "metrics.csv", ValueError):
+        for column, key in ends.items() if result["status"] == "finished" else ():
+            if last.get(column) != result[key]:
+                raise ValueError(
+                    f"it ends with {column} {last.get(column)}, result.json says {result[key]}"
+                )
     return result
 
 

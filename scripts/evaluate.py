@@ -27,6 +27,7 @@ from rich.table import Table
 from training.evaluation import measure
 from training.files import write
 from training.messages import MISTAKES, explain
+from training.process import run_script
 from training.run import plain
 
 SHOWN = 10  # of the worst and of the best classes
@@ -91,4 +92,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -27,6 +27,7 @@ from rich.table import Table
 from training import device as devices
 from training.cost import Row, makespan, rows
 from training.messages import MISTAKES, explain
+from training.process import run_script
 from training.study import cells, jobs
 
 GIB = 2**30
@@ -125,4 +126,4 @@ def physical_memory() -> int:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -40,6 +40,7 @@ from data.decoding import to_rgb
 from data.imagenet import ARCHIVES, CLASSES, VAL, tree
 from data.listing import describe_ignored, is_junk
 from training.files import write
+from training.process import run_script
 
 LABELS = ("LOC_val_solution.csv", "ILSVRC2012_devkit_t12.tar.gz", "meta.bin")
 NUMBER = re.compile(r"ILSVRC2012_val_(\d{8})")
@@ -244,4 +245,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -23,6 +23,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from training.process import run_script
 from training.study import COMMANDS, State, requested, state
 
 MARKS = (".lock", ".hydra", "result.json", "error.txt")  # of a run's folder
@@ -141,4 +142,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -24,6 +24,7 @@ from reporting.cells import label
 from reporting.measure import RULES
 from reporting.output import Shown, show
 from reporting.table import Options, Table
+from training.process import run_script
 
 
 def screen(table: Table, console: Console) -> None:
@@ -111,4 +112,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -473,12 +473,15 @@ MISTAKES = [
     (["seed=18446744073709551617"], 1, ["expected a whole number from 0 to 9007199254740991"]),
     (["runtime.threads=100000"], 1, ["expected a whole number from 1 to 1024"]),
     (["recipe=imagenet_mabn"], 1, ["recipe.epochs=1: has no effect beside recipe.updates=600000"]),
+    (["norm=0.5"], 2, ["norm=0.5: expected the name of one of its options"]),
+    (["debug=[0.1,0.2]"], 2, ["debug=[0.1,0.2]: expected the name of one of its options"]),
     (["norm=GN"], 2, ["norm=GN: unknown (did you mean gn?)"]),
     (["lr=0.1"], 2, ["lr: no such key (did you mean recipe.lr?)"]),
     (["recipe.LR=0.1"], 2, ["recipe.LR: no such key (did you mean recipe.lr?)"]),
     (["data.root=/a=b"], 2, ["""with such letters is quoted: 'data.root="/a=b"'"""]),
     (["study=Größe"], 2, ["""is quoted: 'study="Größe"'"""]),
     (["data.root=~/a"], 2, [f"""is quoted: 'data.root="{Path.home()}/a"'"""]),
+    (["hydra.verbose=[0.5]"], 1, ["hydra.verbose=[0.5]: cannot be set to that"]),
     (["hydra.run.dir=x"], 1, ["hydra.run.dir=x: a run's folder is runtime.runs/study/name"]),
     (["-m", "hydra.sweep.dir=x"], 1, ["hydra.sweep.dir=x: a run's folder is"]),
     (["hydra.job.chdir=true"], 1, ["hydra.job.chdir=true: a run's folder is"]),
@@ -696,6 +699,15 @@ def test_a_signal_writes_a_checkpoint_first(train, tmp_path):
     assert not list(both[1].glob("*.tmp"))
 
 
+def test_a_signal_before_the_command_is_read(train, monkeypatch):
+    """It ends the process at once, where raised it would be a traceback."""
+    seen, read = [], cli.arguments
+    look = lambda words: seen.append(signal.getsignal(signal.SIGTERM)) or read(words)  # noqa: E731
+    monkeypatch.setattr(cli, "arguments", look)
+    assert train("recipe.updates=1").status == 0
+    assert seen == [signal.SIG_DFL]
+
+
 @pytest.mark.parametrize("where", ["evaluation", "images"])
 def test_a_signal_while_the_run_waits(train, monkeypatch, tmp_path, where):
     """For what may take minutes; on the way back nothing is missing in any file."""
@@ -808,6 +820,37 @@ def test_a_truncated_checkpoint(train, tmp_path):
     assert "goes on after update 34" in again.out
     assert_same_weights(whole, damaged)
     assert metrics(whole) == metrics(damaged)
+
+
+def test_a_byte_that_changed_in_a_checkpoint(train, tmp_path):
+    """torch.load would take it for what was saved."""
+    keys = ["batch=8", "recipe.epochs=2"]
+    whole = train(*keys, runs=tmp_path / "whole").run()
+    folder = train(*keys).run()
+    (folder / "result.json").unlink()
+    content = bytearray((folder / "last.pt").read_bytes())
+    content[len(content) // 2] ^= 1
+    (folder / "last.pt").write_bytes(content)
+    assert "last.pt: damaged; going on from" in train(*keys).out
+    assert_same_weights(whole, folder)
+
+
+def test_files_of_another_run_are_not_this_ones(train):
+    """A copy from the folder of another seed, which has the same layers."""
+    other = train("seed=1").run("bn-b32-s1")
+    folder = train("seed=0").run("bn-b32-s0")
+    whole = {name: (folder / name).read_bytes() for name in ("last.pt", "result.json")}
+    shutil.copy(other / "result.json", folder)
+    refused = train("seed=0")
+    assert one_line(refused.err, f"{folder}: holds a run of another", "seed is 1 there and 0 here")
+    (folder / "result.json").unlink()
+    shutil.copy(other / "last.pt", folder)
+    again = train("seed=0")
+    assert f"{folder / 'last.pt'}: of another run; starting again" in again.out
+    before, after = (
+        json.loads(x) for x in (whole["result.json"], (folder / "result.json").read_bytes())
+    )
+    assert (before["top1"], before["test_loss"]) == (after["top1"], after["test_loss"])
 
 
 @pytest.mark.parametrize("file", ["result.json", ".hydra/config.yaml"])

@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Sweep
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.errors import (
     HydraException,
@@ -25,7 +26,7 @@ from omegaconf import OmegaConf
 
 from training import distributed, process
 from training.config import cannot_write, quoted, search_path, shown
-from training.messages import MISTAKES, explain
+from training.messages import MISTAKES, explain, first_line
 
 WORKER = "SMALLBATCH_WORKER"  # in the environment of a run that a launcher started
 GRACE_SECONDS = 30.0  # seconds that a run has to stop
@@ -93,6 +94,8 @@ class Report(Callback):
 
     pid = 0
     """Of the process that the sweep is in; launchers have others."""
+    composed = False
+    """Whether Hydra is through with its part."""
     foreign = False
     """Whether it is a launcher of another package that trains the runs."""
     failures = 0
@@ -109,6 +112,7 @@ class Report(Callback):
         cls.reported.add(reason)
 
     def on_run_start(self, config: Any, **kwargs: Any) -> None:
+        Report.composed = True
         try:
             check(config)
         except MISTAKES as error:
@@ -186,6 +190,16 @@ def as_typed(word: str) -> str:
     return f"{found[1]}={','.join(values)}"
 
 
+def check_group(word: str) -> None:
+    """Raise `ValueError` for an option of a group that is no name, at which Hydra ends."""
+    group, _, typed = word.lstrip("+").partition("=")
+    if group and typed and (process.ROOT / "configs" / group).is_dir():
+        with suppress(HydraException):  # which Hydra will say
+            value = OverridesParser.create().parse_override(word).value()
+            if not (value is None or isinstance(value, str | Sweep)):
+                raise ValueError(f"{group}={typed}: expected the name of one of its options")
+
+
 def arguments(words: list[str]) -> tuple[Any, list[str]]:
     """What is asked of Hydra, and the words for it: flags first, wherever they stood; folders of
     options absolute, so that any process finds them. Raises `ValueError` where there are none."""
@@ -213,6 +227,7 @@ def arguments(words: list[str]) -> tuple[Any, list[str]]:
                 given: Any = OverridesParser.create().parse_override(word).value()
                 places += given if isinstance(given, list) else [given]
                 continue
+        check_group(word)
         overrides.append(as_typed(word))
     if places:
         overrides.append(f"hydra.searchpath=[{','.join(quoted(place(str(x))) for x in places)}]")
@@ -237,7 +252,6 @@ def place(path: str) -> str:
 
 def run(main: Callable[[], Any]) -> None:
     """Call Hydra's entry point; exit 2 for what cannot be composed, 1 for what cannot be run."""
-    process.set_handlers()
     process.find_project()
     try:
         distributed.check_environment()
@@ -251,7 +265,9 @@ def run(main: Callable[[], Any]) -> None:
         threading.Thread(target=stop_with_launcher, daemon=True).start()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # so that Hydra leaves its errors to us
     error: Exception | None = None
+    Report.composed = False
     try:
+        process.set_handlers()  # until here a signal ends the process at once, without a traceback
         main()
     except KeyboardInterrupt as stop:
         process.set_handlers(signal.SIG_IGN)
@@ -263,7 +279,10 @@ def run(main: Callable[[], Any]) -> None:
             print(f"interrupted; {what}", file=sys.stderr)
         sys.exit(getattr(stop, "status", 130))
     except Exception as raised:
+        words = [word for word in sys.argv[1:] if word.lstrip("+~").startswith("hydra.")]
         error = raised
+        if words and not Report.composed and not is_mistake(raised):
+            error = ValueError(f"{' '.join(words)}: cannot be set to that ({first_line(raised)})")
     finally:
         distributed.destroy()
     left = [f for f in Report.folders if error and (f / "error.txt").exists()]

@@ -13,7 +13,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from training.config import MOVED, identity, read_config
-from training.files import read, write
+from training.files import read_data, write
 
 log = logging.getLogger("smallbatch")
 FILE = "data.json"
@@ -40,7 +40,7 @@ def locate(folder: Path, cfg: DictConfig, listing: Any) -> Path:
             continue
         if identity(config) | {"data.root": None} != ours:
             continue
-        kept = read(run / FILE, "root", "files") if (run / FILE).exists() else None
+        kept = read_data(run / FILE) if (run / FILE).exists() else None
         there = _path(kept["root"] if kept else config["data"].get("root"))
         gone, alike = not there.exists(), there.name == path.name
         if kept and (gone or alike) and there != path:
@@ -66,7 +66,7 @@ def compare(folder: Path, cfg: DictConfig, listing: Any) -> list[str]:
         return []
     file = folder / FILE
     if listing and file.exists():
-        return differences(read(file, "files")["files"], listing.fingerprint)
+        return differences(read_data(file)["files"], listing.fingerprint)
     if file.exists():
         return [f"images of a folder there, data={cfg.data.name}'s own here"]
     if not listing:

@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import os
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -91,6 +92,18 @@ def read(path: Path, *keys: str) -> dict[str, Any]:
     return content
 
 
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """A checkpoint of a run. Raises `ValueError` with its name if it is damaged."""
+    import torch  # which tables do without
+
+    with damaged(path, Exception):  # of pickle, zipfile and torch, for whatever stands in the file
+        with zipfile.ZipFile(path) as archive:  # torch writes checksums, but does not look at them
+            if wrong := archive.testzip():
+                raise ValueError(f"{wrong} has another checksum")
+        content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    return content
+
+
 def read_result(folder: Path) -> dict[str, Any]:
     """The result.json of a run that is over, older keys under today's names. Raises `ValueError`
     with its name for a key that is missing, of another type or no number."""
@@ -113,6 +126,19 @@ def read_result(folder: Path) -> dict[str, Any]:
             if key in ACCURACIES and isinstance(value, NUMBER) and not 0 <= value <= 100:
                 raise ValueError(f"{key} is {value}; expected 0 to 100")
     return result
+
+
+def read_data(path: Path) -> dict[str, Any]:
+    """The data.json of a run: root, files. Raises `ValueError` with its name if it is damaged."""
+    kept = read(path, "root", "files")
+    with damaged(path, (TypeError, ValueError, KeyError, AttributeError)):
+        for part in ("train", "test"):
+            for name, (count, digest) in kept["files"][part].items():
+                if type(count) is not int or not isinstance(digest, str):
+                    raise ValueError(f"{part}/{name} is {count!r}, {digest!r}")
+        if not isinstance(kept["root"], str):
+            raise ValueError(f"root is {kept['root']!r}; expected a path")
+    return kept
 
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:

@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
@@ -40,6 +40,15 @@ def set_handlers(handler: signal.Handlers | None = None) -> None:
     for number in STOP:
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, stop if handler is None else handler)
+
+
+def run_script(main: Callable[[], object]) -> None:
+    """Call the `main` of a script, which Ctrl-C ends in a line; files are whole or not there."""
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
@@ -12,7 +11,7 @@ import norms
 from models.weights import of_checkpoint
 from training import protocol
 from training.config import read_config, typed
-from training.files import read_result
+from training.files import read_checkpoint, read_result
 
 
 def network(cfg: DictConfig, plan: protocol.Plan, classes: int, channels: int) -> Any:
@@ -46,14 +45,13 @@ def trained(
     """The network of a run's last checkpoint in evaluation mode, with the moving average of its
     weights where there is one and `averaged`; its scheme; the checkpoint."""
     scheme, model = network(cfg, protocol.plan(typed(cfg)), classes, channels)
+    state = read_checkpoint(run / "last.pt")
     try:
-        state = torch.load(run / "last.pt", map_location="cpu", weights_only=True)
         model.load_state_dict(of_checkpoint(state, averaged))
-    except Exception as error:  # of zipfile, pickle and torch, for whatever the file holds
+    except Exception as error:  # of torch, for whatever the file holds
         what = " ".join(str(error).split())[:100]
         raise ValueError(
-            f"{run / 'last.pt'}: missing, damaged or of another network ({what}); overwrite=true "
-            f"trains it again"
+            f"{run / 'last.pt'}: of another network ({what}); overwrite=true trains it again"
         ) from error
     return model.eval(), scheme, state
 

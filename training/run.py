@@ -17,10 +17,8 @@ import json
 import logging
 import math
 import os
-import pickle
 import shutil
 import time
-import zipfile
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -32,7 +30,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from training import dataset, distributed
 from training.config import cannot_write, folder, identity, read_config
-from training.files import read_result, write
+from training.files import read_checkpoint, read_result, write
 
 log = logging.getLogger("smallbatch")
 CHECKPOINT = {"model", "optimizer", "scaler", "progress", "rng", "threads", "compiled"}
@@ -66,11 +64,17 @@ def differences(folder: Path, cfg: DictConfig) -> list[str]:
     if (folder / dataset.FILE).exists():  # tells better than a path whether the data are the same
         there["data.root"] = ours["data.root"] = None
     absent = object()
-    return [
+    found = [
         f"{key} is {there.get(key, 'absent')} there and {ours.get(key, 'absent')} here"
         for key in sorted(there | ours)
         if there.get(key, absent) != ours.get(key, absent)
     ]
+    if (folder / "result.json").exists():  # which may have come from another folder
+        result = read_result(folder)
+        for key, value in (("batch_size", cfg.batch), ("seed", cfg.seed)):
+            if result[key] != value:
+                found.append(f"result.json: {key} is {result[key]} there and {value} here")
+    return found
 
 
 class Run:
@@ -84,6 +88,7 @@ class Run:
         configuration or other data, and `OSError` if it cannot be written."""
         self.folder = distributed.broadcast_result(dataset.locate)(folder(cfg), cfg, listing)
         self.overwrite = cfg.overwrite
+        self.identity = identity(cfg) | {"data.root": None}
         self.saved: int | None = None
         """The update of the last checkpoint."""
         self._progress_written = 0.0
@@ -202,7 +207,7 @@ class Run:
     def save(self, state: dict[str, Any]) -> None:
         """Make `state` the last checkpoint and keep the one before."""
         buffer = io.BytesIO()
-        torch.save(state, buffer)
+        torch.save(state | {"identity": self.identity}, buffer)
         last = self.folder / "last.pt"
         if last.exists():
             os.replace(last, self.folder / "previous.pt")
@@ -215,20 +220,15 @@ class Run:
         files = [self.folder / name for name in ("last.pt", "previous.pt")]
         files = [file for file in files if file.exists()]
         for i, file in enumerate(files, 1):
-            try:
-                state = torch.load(file, map_location="cpu", weights_only=True)
-                if set(state) >= CHECKPOINT:
+            problem = "damaged"
+            with suppress(ValueError):
+                state = read_checkpoint(file)
+                kept = state.get("identity", {})
+                if any(kept.get(key, value) != value for key, value in self.identity.items()):
+                    problem = "of another run"
+                elif set(state) >= CHECKPOINT:
                     self.saved = state["progress"]["update"]
                     return state
-                raise EOFError
-            except (
-                OSError,
-                TypeError,
-                RuntimeError,
-                EOFError,
-                pickle.UnpicklingError,
-                zipfile.BadZipFile,
-            ):
-                instead = f"going on from {files[i]}" if i < len(files) else "starting again"
-                log.warning(f"{file}: damaged; {instead}")
+            instead = f"going on from {files[i]}" if i < len(files) else "starting again"
+            log.warning(f"{file}: {problem}; {instead}")
         return None

@@ -133,6 +133,16 @@ def test_a_key_that_is_gone_or_of_another_type(study, key):
     assert f"{key} is [1]; expected " in runs.loc["bn-b2-s0", "error"]
 
 
+def test_files_of_another_run(study):
+    """Copied into a folder, or what an editor made of one of two files."""
+    shutil.copy(study / "bn-b2-s1" / "result.json", study / "bn-b2-s0")
+    shutil.copy(study / "bn-b2-s0" / "metrics.csv", study / "bn-b2-s1")
+    runs = reporting.runs(study).set_index("run")
+    assert "(seed is 1, the run's is 0)" in runs.loc["bn-b2-s0", "error"]
+    told = "metrics.csv: cannot be read (it ends with test_top1 90.0, result.json says 91.0)"
+    assert told in runs.loc["bn-b2-s1", "error"]
+
+
 def test_no_number(study):
     file = study / "bn-b2-s0" / "result.json"
     file.write_text(file.read_text().replace('"top1": 90.0', '"top1": NaN'))

@@ -12,6 +12,7 @@ from filelock import FileLock
 from rich.console import Console
 
 from scripts.study import asked, board, duration, summary
+from training.process import run_script
 from training.study import COMMANDS, State, cells, jobs, requested, state
 
 ROOT = Path(__file__).parent.parent.parent
@@ -304,3 +305,13 @@ def test_watching_ends_when_all_is_over(tmp_path, name):
     shown = subprocess.run(command, capture_output=True, text=True, timeout=100)
     assert shown.returncode == 0, shown.stderr
     assert f"1 runs: 1 {name}" in shown.stdout
+
+
+def test_control_c_ends_a_script_in_a_line(capsys):
+    def stopped():
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as ended:
+        run_script(stopped)
+    assert ended.value.code == 130
+    assert capsys.readouterr().err == "interrupted\n"

@@ -233,3 +233,15 @@ def test_the_pool_compares_data_before_it_skips(start, tmp_path):
     refused = start(root, *keys, multirun=True)
     assert refused.status == 1
     assert "classes +owl" in refused.err
+
+
+@pytest.mark.parametrize("content", ["{}", '{"root": "a", "files": {"train": {}}}', "[", "\0"])
+def test_a_damaged_fingerprint_is_named(start, tmp_path, content):
+    root = noise(tmp_path / "images")
+    folder = start(root).run()
+    (folder / "data.json").write_text(content)
+    refused = start(root)
+    assert refused.status == 1
+    assert refused.err.startswith(f"error: {folder / 'data.json'}: cannot be read (")
+    assert refused.err.count("\n") == 1
+    assert load(folder.parent)["status"].tolist() == ["damaged"]
