@@ -59,3 +59,8 @@ study norm=pws recipe.lr=0.1 seed=1 batch=32
 study norm=gn recipe.lr=0.4 norm.channels_per_group=2 seed=1 batch=32
 study norm=ws_gn recipe.lr=0.1 norm.channels_per_group=8 seed=1 batch=32
 study norm=bn,bcn,mabn recipe.lr=0.2 seed=0,1 batch=4
+study norm=bn,bcn,mabn recipe.lr=0.2 seed=2 batch=2,8,32,4
+study norm=pws recipe.lr=0.1 seed=2 batch=32
+study norm=gn recipe.lr=0.4 norm.channels_per_group=2 seed=2 batch=32
+study norm=ws_gn recipe.lr=0.1 norm.channels_per_group=8 seed=2 batch=32
+study norm=brn_short recipe.lr=0.2 seed=0,1,2 batch=2,8,32,4
