@@ -61,6 +61,7 @@ class BatchStatisticsNorm(Leaf, nn.BatchNorm2d):
     dim: int | None = None  # of the maps, where `convert` has seen it: `fold` has to know
     init_scale = 1.0  # what the gain starts at
     centers = True  # whether the mean is removed
+    behind = ""  # what it does after the normalization
     batch_size: int | None
     running_mean: Any  # None where a tool has taken them away
     running_var: Any
@@ -95,10 +96,12 @@ class BatchStatisticsNorm(Leaf, nn.BatchNorm2d):
     def affine(self) -> bool:  # type: ignore[override]
         """Whether there are a gain and a shift per channel."""
         tool = sys._getframe(1).f_code.co_name
-        if hasattr(self, "act") and tool in ("convert_sync_batchnorm", "freeze_batch_norm_2d"):
+        behind = "activation of what was a norm and activation in one"
+        behind = behind if hasattr(self, "act") else self.behind
+        if behind and tool in ("convert_sync_batchnorm", "freeze_batch_norm_2d"):
             raise ValueError(
-                f"{type(self).__name__}: {tool} would lose the activation of what was a norm and "
-                f"activation in one; set these layers to evaluation mode, or leave them as they are"
+                f"{type(self).__name__}: {tool} would lose the {behind}; set these layers to "
+                f"evaluation mode, or leave them as they are"
             )
         if tool == "convert_sync_batchnorm" and (
             self.batch_size is not None or "num_batches_tracked" not in self.state

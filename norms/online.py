@@ -145,6 +145,7 @@ class OnlineNorm2d(BatchStatisticsNorm):
             )
         super().__init__(num_features, None, eps, 1 - alpha_forward, affine, device, dtype)
         self.alpha_backward, self.compensation = alpha_backward, compensation
+        self.behind = "" if compensation == "none" else compensation.replace("_", " ")
 
     def forward(self, x: Tensor) -> Tensor:
         m.check_input(x, self.num_features)

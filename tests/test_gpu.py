@@ -298,6 +298,8 @@ def test_a_network_computes_what_it_does_in_float64(name, device):
     torch.nn.functional.cross_entropy(exact(x.to(kind)), y).backward()
     torch.nn.functional.cross_entropy(ours(x.to(device)), y.to(device)).backward()
     for (key, q), p in zip(ours.named_parameters(), exact.parameters(), strict=True):
+        if name == "mimicnorm" and key == "fc.bias":
+            continue  # which the batch norm behind takes off: its gradient is rounding
         if q.requires_grad:  # by length: rounding may turn one of thousands of ReLUs around
             error = (q.grad.cpu() - p.grad).norm() / p.grad.norm().clamp(min=1e-6)
             assert error < 2e-2, f"{key}: off by {error:.1e} of its length"
@@ -434,8 +436,8 @@ backend = {"cuda": "nccl", "cpu": "gloo"}[device]
 dist.init_process_group(backend, init_method=f"file://{file}", rank=0, world_size=1)
 distributed.world_size = lambda: 2  # so that everything is sent round, to itself
 step = t.make_step(scheme, "ghost", device)
-assert step.gradients
 together = t.updates(step, device)
+assert step.parallel is not step.network  # DistributedDataParallel
 torch.testing.assert_close(together, alone, rtol=1e-3, atol=1e-3)
 dist.destroy_process_group()
 print("equal")

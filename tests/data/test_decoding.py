@@ -26,7 +26,7 @@ def disk(file):
 
 def held(file):
     files = Files(file.parent, np.array([os.fsencode(file.name)]), torch.tensor([0]), True)
-    return memory.hold(files, "train", SIZE, str(file.parent / "cache"), "raise", print).images[0]
+    return memory.hold(files, "train", SIZE, str(file.parent / "cache"), "raise").images[0]
 
 
 readers = pytest.mark.parametrize("read", [disk, held])

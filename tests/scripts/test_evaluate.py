@@ -230,6 +230,7 @@ def test_of_many_classes_the_two_ends(capsys):
     ]
     found = dict(run="r", update=9, finished=True, weights="last", folded=False, data="imagenet")
     found |= dict(root="/p", images=120, top1=50.0, top5=50.0, loss=1.0, as_in_result=None)
+    found |= {"evaluation": dict(statistics="running", alpha=0.0)}
     evaluate.show(found | {"classes": rows}, evaluate.Console(width=100))
     lines = capsys.readouterr().out.split("\n")[3:-1]
     assert len(lines) == 21

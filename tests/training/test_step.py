@@ -397,7 +397,7 @@ def test_gains_may_learn_slower():
 def test_adaptive_gradient_clipping():
     """timm's, of all but the head."""
     model = network("nf")
-    step = Step(model, PLAN, recipe(clip="agc", momentum=0.0, weight_decay=0.0))
+    step = Step(model, PLAN, recipe(clip="agc", clip_factor=0.01, momentum=0.0, weight_decay=0.0))
     step(*batches(1)[0], 0.5)
     for key, p in model.named_parameters():
         if p.ndim == 4:
