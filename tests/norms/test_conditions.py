@@ -607,7 +607,7 @@ def test_frozen_by_class(name):
     same(step(layer, x), step(exact, x), rtol=1e-4, atol=1e-5)
     assert equal(state_of(layer), before)
     if any(getattr(part, "behind", "") for part in layer.modules()):
-        with pytest.raises(ValueError, match="would lose the (layer scaling|clamp)"):
+        with pytest.raises(ValueError, match=r"would lose the (layer scaling|clamp)"):
             timm.layers.freeze_batch_norm_2d(layer)
         return
     same([timm.layers.freeze_batch_norm_2d(layer).train()(x)], [exact(x)], rtol=1e-4, atol=1e-5)
