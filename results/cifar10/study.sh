@@ -27,6 +27,7 @@ keep() {  # what is finished, without checkpoints and events
         [ ! -f "$to/$(basename "$run")/result.json" ] || continue
         mkdir -p "$to/$(basename "$run")"
         cp -r "$run/.hydra" "$run/metrics.csv" "$run/result.json" "$to/$(basename "$run")"
+        sed -i "s|$WORK|.|g" "$to/$(basename "$run")/.hydra/hydra.yaml"  # no machine's folders
     done
 }
 keep_all() { keep cifar10_cpu_lr "$HERE/lr"; keep cifar10_cpu "$HERE/runs"; }
