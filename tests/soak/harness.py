@@ -118,6 +118,8 @@ class Child:
 
     def prepare(self, folder: Path) -> None:
         os.setsid()
+        # Until the script says otherwise: what the interpreter does before it is not ours.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
         os.chdir(folder)
         for number, file in enumerate(self.files, 1):
             os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
