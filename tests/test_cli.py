@@ -197,7 +197,7 @@ def test_every_key_has_a_comment():
 def test_help_is_a_page(train):
     shown = train("--help", quick=False)
     assert shown.status == 0
-    for told in ("norm: bcn, bn, ", "python train.py -m", "batch: 32"):
+    for told in ("norm: bcn, bn, bn_init, brn, brn_short, cbn", "python train.py -m", "batch: 32"):
         assert told in shown.out
     assert len(shown.out.splitlines()) < 110
 
@@ -364,7 +364,7 @@ def one_line(text, *parts):
 
 
 MISTAKES = [
-    (["norm=pwss"], 2, ["norm=pwss: unknown (did you mean pws", "allowed: bcn, bn, "]),
+    (["norm=pwss"], 2, ["norm=pwss: unknown (did you mean pws", "allowed: bcn, bn, bn_init, brn"]),
     (["model=resnet21"], 2, ["model=resnet21: unknown (did you mean resnet", "allowed:"]),
     (["data=cifar"], 2, ["data=cifar: unknown (did you mean cifar10"]),
     (["experiment=quick"], 2, ["experiment=quick: unknown (did you mean quickstart"]),
