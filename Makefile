@@ -40,12 +40,9 @@ soak: setup
 
 # Into runs/benchmarks; without --out they renew results/.
 bench: setup
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt '.[peers]'
-	@rm -rf build smallbatch.egg-info
 	$(BIN)/python -m benchmarks.layers --quick --eager --rounds 5 --out runs/benchmarks/layers
 	$(BIN)/python -m benchmarks.training --quick --ways eager --rounds 5 --out runs/benchmarks/training
 	$(BIN)/python -m benchmarks.inference --quick --out runs/benchmarks/inference
-	$(BIN)/python -m benchmarks.process --rounds 3 --out runs/benchmarks/process
 
 lint: setup
 	$(BIN)/ruff format --check .
