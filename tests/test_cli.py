@@ -21,6 +21,7 @@ from filelock import FileLock
 from PIL import Image
 
 import data
+from tests.processes import Forked
 from training import cli, loop, report
 from training.process import StoppedError
 
@@ -636,20 +637,16 @@ def test_killed_and_restarted_equals_uninterrupted(train, tmp_path, norm):
         probe = {"bn": "gradient_shift", "mabn": "batch_statistics"}[norm]
         return [f"norm={norm}", f"probe={probe}", "probe.every=20", *keys, *own]
 
-    def start(runs):
-        words = [sys.executable, "train.py", *command(runs)]
-        return subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-
     assert train(*command(tmp_path / "whole"), quick=False, runs=tmp_path / "whole").status == 0
 
     for update in (9, 90):  # in the first epoch of 71 updates and in the second
-        killed = start(tmp_path / "killed")
+        killed = Forked(command(tmp_path / "killed"))
         while not reached(tmp_path / "killed", update) and killed.poll() is None:
             time.sleep(0.05)
         killed.kill()
         killed.communicate()
         assert killed.returncode == -9
-    last = start(tmp_path / "killed")
+    last = Forked(command(tmp_path / "killed"))
     assert "goes on after update" in last.communicate()[0]
 
     a, b = (next(tmp_path.glob(f"{x}/*/{norm}-*")) for x in ("whole", "killed"))
@@ -665,19 +662,11 @@ def test_a_signal_writes_a_checkpoint_first(train, tmp_path):
     """In the middle of an epoch, and far from any other checkpoint; all end as the undisturbed."""
     keys = ["batch=4", "recipe.epochs=1", "checkpoint.every_minutes=0", "runtime.log_every=5"]
 
-    def start(runs):
-        return subprocess.Popen(
-            [sys.executable, "train.py", *keys, "runtime.threads=1", f"runtime.runs={runs}"],
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-
+    own = ["runtime.threads=1", f"runtime.runs={tmp_path / 'stopped'}"]
     assert train(*keys, quick=False, runs=tmp_path / "whole").status == 0
     before = 0
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1):
-        stopped = start(tmp_path / "stopped")
+        stopped = Forked([*keys, *own])
         while not list(tmp_path.glob("stopped/*/*/progress.json")):
             assert stopped.poll() is None, stopped.communicate()
             time.sleep(0.01)
@@ -690,7 +679,7 @@ def test_a_signal_writes_a_checkpoint_first(train, tmp_path):
         assert before < done < 359
         before = done
         file.with_name("progress.json").unlink()
-    last = start(tmp_path / "stopped")
+    last = Forked([*keys, *own])
     assert f"goes on after update {done}" in last.communicate()[0]
     both = [next(tmp_path.glob(f"{x}/*/*")) for x in ("whole", "stopped")]
     assert_same_weights(*both)

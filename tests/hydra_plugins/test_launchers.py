@@ -21,6 +21,7 @@ import hydra_plugins.pool_launcher
 import training.progress
 from hydra_plugins.launcher_defaults import options
 from hydra_plugins.pool_launcher import PoolLauncher
+from tests.processes import Forked
 from training import cli
 from training.study import cells, jobs, requested, state
 
@@ -28,16 +29,12 @@ ROOT = Path(__file__).parent.parent.parent
 SMALL = ["recipe.epochs=2", "data.train_fraction=0.2", "runtime.threads=1", "study=s"]
 
 
-def start(runs: Path, *args: str) -> subprocess.Popen[str]:
-    command = [sys.executable, str(ROOT / "train.py"), "-m", *SMALL, f"runtime.runs={runs}", *args]
-    environment = {k: v for k, v in os.environ.items() if k != "HYDRA_FULL_ERROR"}
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
-    )
+def start(runs: Path, *args: str) -> Forked:
+    return Forked(["-m", *SMALL, f"runtime.runs={runs}", *args])
 
 
-def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
-    out, err = process.communicate(timeout=500)
+def finish(process: Forked) -> tuple[int, str, str]:
+    out, err = process.communicate()
     return process.returncode, out, err
 
 
@@ -61,7 +58,7 @@ def assert_same(one: Path, other: Path, count: int) -> None:
             assert results[0][key] == results[1][key]
 
 
-def until(condition, process: subprocess.Popen[str]):
+def until(condition, process: Forked):
     """What `condition` gives, once it gives something."""
     while not (found := condition()):
         assert process.poll() is None, process.communicate()
@@ -260,11 +257,15 @@ LAUNCHERS = {
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_every_launcher(basic, tmp_path, launcher):
     command = [f"hydra/launcher={launcher}", *LAUNCHERS[launcher], "norm=bn,mabn"]
-    status, _, err = finish(start(tmp_path, *command, "batch=4,999999"))
-    assert status == 1
+    words = [sys.executable, str(ROOT / "train.py"), "-m", *SMALL, f"runtime.runs={tmp_path}"]
+    environment = {k: v for k, v in os.environ.items() if k != "HYDRA_FULL_ERROR"}
+    done = subprocess.run(
+        [*words, *command, "batch=4,999999"], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 1
     assert_same(basic, tmp_path, 2)
-    assert err.count("larger than the data set") >= 2
-    assert "2 of these runs failed, see above; the same command tries them again" in err
+    assert done.stderr.count("larger than the data set") >= 2
+    assert "2 of these runs failed, see above; the same command tries them again" in done.stderr
 
 
 def test_options_for_clusters_fit_the_project(tmp_path):

@@ -1,4 +1,4 @@
-"""Run by torchrun: optimizer steps of several processes, in one go and interrupted, end alike."""
+"""Run as several processes: optimizer steps of several processes, in one go and interrupted, end alike."""
 
 import torch
 import torch.distributed as dist

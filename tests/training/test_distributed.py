@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ from hydra import compose, initialize_config_dir
 from torch.optim.swa_utils import update_bn
 
 import data
+from tests.processes import Forked, fork_ranks, free_port
 from tests.training.test_step import PLAN, batches, network, recipe
 from training import distributed, evaluation
 from training.protocol import Plan
@@ -26,13 +26,18 @@ ROOT = Path(__file__).parent.parent.parent
 SMALL = ["data.train_fraction=0.2", "runtime.threads=1", "study=s"]
 
 
-def start(processes: int, runs: Path, *args: str) -> subprocess.Popen[str]:
-    """`torchrun` of the command; one process: without it."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    command = [sys.executable, *(torchrun if processes > 1 else []), str(ROOT / "train.py")]
+def words(runs: Path, *args: str) -> list[str]:
     sweep = any("," in x for x in args)
+    return [*(["-m"] if sweep else []), *SMALL, f"runtime.runs={runs}", *args]
+
+
+TWO = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+
+
+def launch(runs: Path, *args: str, by: list[str] = TWO) -> subprocess.Popen[str]:
+    """The command in an interpreter of its own, or by torchrun in two."""
     return subprocess.Popen(
-        [*command, *(["-m"] if sweep else []), *SMALL, f"runtime.runs={runs}", *args],
+        [sys.executable, *by, str(ROOT / "train.py"), *words(runs, *args)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -41,9 +46,12 @@ def start(processes: int, runs: Path, *args: str) -> subprocess.Popen[str]:
 
 
 def run(processes: int, runs: Path, *args: str) -> tuple[int, str, str]:
-    process = start(processes, runs, *args)
-    out, err = process.communicate(timeout=300)
-    return process.returncode, out, err
+    """The command in so many processes: the worst status, and what they all said."""
+    command = words(runs, *args)
+    started = fork_ranks(processes, command) if processes > 1 else [Forked(command)]
+    said = [process.communicate() for process in started]
+    out, err = ("".join(texts) for texts in zip(*said, strict=True))
+    return max(process.returncode for process in started), out, err
 
 
 def folder(runs: Path, name: str = "") -> Path:
@@ -137,7 +145,7 @@ def test_a_lost_process_ends_the_run_and_the_same_command_goes_on(tmp_path):
 
     runs = tmp_path / "disturbed"
     command = [*LONG, "checkpoint.every_updates=10"]
-    process = start(2, runs, *command)
+    process = launch(runs, *command)
     until(lambda: list(runs.glob("s/*/last.pt")), process)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     ranks = {_environment(int(pid)).get("RANK"): int(pid) for pid in children}
@@ -150,7 +158,7 @@ def test_a_lost_process_ends_the_run_and_the_same_command_goes_on(tmp_path):
     assert "the same command goes on from the last checkpoint" in said[0]
 
     (folder(runs) / "progress.json").unlink()
-    process = start(2, runs, *command)
+    process = launch(runs, *command)
     until(lambda: (folder(runs) / "progress.json").exists(), process)
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=100)
@@ -172,12 +180,10 @@ def test_a_lost_process_ends_the_run_and_the_same_command_goes_on(tmp_path):
 
 def test_three_processes_go_on_bit_for_bit():
     """Where the order in which gradients are added up could change a bit."""
-    script = ROOT / "tests" / "training" / "going_on.py"
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, *torchrun, script], env=environment, capture_output=True)
-    assert done.returncode == 0, done.stderr
-    assert b"Warning" not in done.stderr
+    for process in fork_ranks(3, [], ROOT / "tests" / "training" / "going_on.py"):
+        _, err = process.communicate()
+        assert process.returncode == 0, err
+        assert "Warning" not in err
 
 
 class Unused(torch.nn.Module):
@@ -221,8 +227,9 @@ def _environment(pid: int) -> dict[str, str]:
 
 
 def test_mistakes_are_told_once(tmp_path):
-    status, _, err = run(2, tmp_path, "norm=gn", "protocol=ghost", "protocol.sgd_batch=31")
-    assert status == 1
+    process = launch(tmp_path, "norm=gn", "protocol=ghost", "protocol.sgd_batch=31")
+    _, err = process.communicate()
+    assert process.returncode == 1
     said = [line for line in err.splitlines() if line.startswith("error: ")]
     assert len(said) == 1, err
     assert "protocol.sgd_batch=31: expected a multiple of batch=32 times 2 devices" in said[0]
@@ -260,9 +267,7 @@ def test_an_empty_variable_is_none(monkeypatch):
 
 
 def test_a_process_says_for_whom_it_waits(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+    port = free_port()
     command = [sys.executable, str(ROOT / "train.py"), f"runtime.runs={tmp_path}"]
     environment = os.environ | PARTNERS | {"MASTER_PORT": port}
     waiting = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
@@ -284,8 +289,9 @@ def test_launchers_are_not_for_torchrun(train, monkeypatch):
 
 def test_submitit_starts_the_processes_of_a_run(tmp_path):
     args = ["hydra/launcher=submitit_local", "devices=2", "norm=gn,ln", "recipe.updates=3"]
-    status, _, err = run(1, tmp_path, *args, "batch=4")
-    assert status == 0, err
+    process = launch(tmp_path, *args, "batch=4", by=[])
+    _, err = process.communicate()
+    assert process.returncode == 0, err
     assert [result(tmp_path, x)["devices"] for x in ("gn", "ln")] == [2, 2]
 
 
