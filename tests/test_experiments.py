@@ -24,7 +24,7 @@ from training.optimizer import learning_rate
 ROOT = Path(__file__).parent.parent
 PRESETS = sorted(p.stem for p in (ROOT / "configs" / "experiment").glob("*.yaml"))
 # Ours, whose comments have no such form.
-EARLIER = {"cifar10_cpu", "cifar10_small", "cifar10_table", "quickstart"}
+EARLIER = {"cifar10_cpu", "cifar10_small", "cifar10_table", "family", "quickstart"}
 PAPERS = [p for p in PRESETS if p not in EARLIER and not p.endswith("_table")]
 IMAGES = {"imagenet": 1_281_167, "cifar10": 50_000, "cifar100": 50_000}
 

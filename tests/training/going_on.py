@@ -1,4 +1,4 @@
-"""Run as several processes: optimizer steps of several processes, in one go and interrupted, end alike."""
+"""Several processes: optimizer steps in one go and interrupted end alike."""
 
 import torch
 import torch.distributed as dist
