@@ -10,7 +10,8 @@ cd "$(dirname "$0")/../.."
 images=$(realpath "$1") part=$2 here=results/family
 
 train() {
-    python train.py experiment=family "study=family_$part" "data.root=$images" seed=0 "$@" || true
+    python train.py experiment=family "study=family_$part" "data.root=$images" seed=0 \
+        recipe.eval_every=3 "$@" || true
     for run in runs/family_"$part"/*/; do
         to=$here/$part/$(basename "$run")
         [ -f "$run/result.json" ] && [ ! -f "$to/result.json" ] || continue
@@ -26,7 +27,7 @@ queue() { xargs -P "${JOBS:-1}" -I {} bash -c 'train {}'; }
 case $part in
 lr)
     for norm in bn_init cbn mbn powernorm online mimicnorm xbn "nf recipe.clip=agc"; do
-        printf "norm=$norm recipe.lr=%s batch=32 data.holdout=0.1\n" 0.05 0.1 0.2 0.4
+        printf "norm=$norm recipe.lr=%s batch=32 data.holdout=0.1\n" 0.1 0.2 0.4
     done
     ;;
 runs)
