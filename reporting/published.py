@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from omegaconf import OmegaConf
+import yaml
 
 FILE = Path(__file__).resolve().parent.parent / "results" / "published.yaml"
 VARIANTS = {  # keys of what stands in brackets, as in "GN (G=16)"
@@ -27,7 +27,9 @@ KIN = ["method", "network", "images"]  # our names, by which a row is found
 
 @functools.cache
 def load() -> dict[str, Any]:
-    content: Any = OmegaConf.to_container(OmegaConf.load(FILE))
+    content: Any = yaml.load(
+        FILE.read_text(), Loader=yaml.CSafeLoader
+    )
     return content
 
 

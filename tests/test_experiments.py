@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 import norms
+from reporting import published
 from reporting.published import scheme
 from scripts.docs import methods
 from training import config, protocol
@@ -307,7 +308,7 @@ def test_a_comment_has_commands_expectations_rule_and_cost(preset):
         if words[1] == "train.py":
             cfg = words[words.index("-m") + 1 :]
             composed(*(re.sub(r"(=[^,]*),.*", r"\1", w) for w in cfg))
-    sources = yaml.safe_load((ROOT / "results/published.yaml").read_text())["sources"]
+    sources = published.load()["sources"]
     expected = section(preset, "Expected")
     assert "no source found" in expected or any(source in expected for source in sources)
 
@@ -317,7 +318,7 @@ KINDS = "gn|mabn|ws|bcn|pws|brn|frn|detectron|mimicnorm"
 
 @pytest.mark.parametrize("preset", [p for p in PRESETS if p not in EARLIER])
 def test_named_sources_exist(preset):
-    sources = yaml.safe_load((ROOT / "results/published.yaml").read_text())["sources"]
+    sources = published.load()["sources"]
     text = " ".join(section(preset, "Expected").split())
     named = set(re.findall(rf"\b((?:{KINDS})-[a-z0-9-]+)\b", text))
     assert named <= set(sources)
@@ -353,7 +354,7 @@ def test_expected_figures_are_the_published_ones(preset):
     method = methods()
     key = "top1_error" if "error" in text.split("\n")[0] else "top1_acc"
     found = {}
-    for row in yaml.safe_load((ROOT / "results/published.yaml").read_text())["rows"]:
+    for row in published.load()["rows"]:
         if f"{row['paper']}, {row['table']}" not in tables or also.items() - row.items():
             continue
         model = row["model"].lower().replace("resnet-", "resnet").replace("next-", "next")

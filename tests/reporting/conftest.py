@@ -4,7 +4,20 @@ from pathlib import Path
 
 import pytest
 
+from reporting import figures
+
 ROOT = Path(__file__).parent.parent.parent
+
+
+@pytest.fixture
+def drawn_figures():
+    """Requested where a test looks at figures: drawing takes most of a table's time."""
+
+
+@pytest.fixture(autouse=True)
+def _no_other_figures(request, monkeypatch):
+    if "drawn_figures" not in request.fixturenames:
+        monkeypatch.setattr(figures, "draw", lambda *args: [])
 
 
 @pytest.fixture

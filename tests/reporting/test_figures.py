@@ -143,7 +143,7 @@ def test_columns_that_are_no_numbers(study, drawn):
     assert [t.get_text() for t in axes.texts] == ["2"]
 
 
-def test_the_same_files_every_time(study, tmp_path):
+def test_the_same_files_every_time(study, tmp_path, drawn_figures):
     fill(study)
     made = table(study)
     first, second = tmp_path / "1", tmp_path / "2"

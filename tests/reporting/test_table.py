@@ -196,7 +196,7 @@ def test_several_studies_make_one_table(study, tmp_path):
     assert not (study / "table.md").exists()
 
 
-def test_a_table_for_each_value(study):
+def test_a_table_for_each_value(study, drawn_figures):
     put(study, "bn", 2, 0, 90.0)
     put(study, "bn", 2, 1, 80.0, recipe__lr=0.3)
     shown = show([study], Options(split=["recipe.lr"]))
@@ -442,7 +442,7 @@ def test_without_any_spread(study):
 # The files.
 
 
-def test_files_and_screen(study, script):
+def test_files_and_screen(study, script, drawn_figures):
     put(study, "gn", 2, 0, 93.0, free=True, curve=[50.0])
     put(study, "bn", 2, 0, 90.0, curve=[50.0])
     put(study, "bn", 8, 0, 95.5, curve=[50.0])
@@ -477,7 +477,7 @@ def test_files_and_screen(study, script):
         assert f"]({file.name})" in text
 
 
-def test_quiet_and_elsewhere(study, tmp_path, capsys):
+def test_quiet_and_elsewhere(study, tmp_path, capsys, drawn_figures):
     put(study, "bn", 2, 0, 90.0)
     before = sorted(study.rglob("*"))
     shown = show([study], Options(out=tmp_path / "a" / "b"))
@@ -533,7 +533,7 @@ def test_latex(study):
     )
 
 
-def test_a_study_without_a_single_result(study):
+def test_a_study_without_a_single_result(study, drawn_figures):
     put(study, "bn", 2, 0)
     shown = show([study])
     assert "1 unfinished" in shown.markdown
