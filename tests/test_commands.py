@@ -4,6 +4,7 @@ it needs a GPU, a cluster, a download or hours. A command that this file does no
 import re
 import runpy
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from omegaconf import OmegaConf
 
 import norms
 from tests.data.folders import noise
+from tests.processes import Forked
 from training import config
 
 ROOT = Path(__file__).parent.parent
@@ -65,14 +67,18 @@ def is_run(words):
     return not re.search(r"imagenet|resnet50|timm|densenet|launcher=|cifar10_table", text)
 
 
+def ends(words):
+    """With the first and the last value of every list, for time."""
+    return [re.sub(r"=([^,\[]+),.*,", r"=\1,", word) for word in words]
+
+
 @pytest.mark.parametrize("words", commands("python train.py", "torchrun"))
 def test_training(words, train, folder):
     words = [w for w in words[words.index("train.py") + 1 :] if w != "..."]
     if "data=cifar10" in words:  # which would be downloaded
         words += [f"data.root={folder}", "protocol.sgd_batch=4", "protocol=ghost"]
-    if is_run(words):  # of every list of values its ends
-        ends = [re.sub(r"=([^,\[]+),.*,", r"=\1,", word) for word in words]
-        done = train(*ends, "recipe.epochs=1")
+    if is_run(words):
+        done = train(*ends(words), "recipe.epochs=1")
         assert done.status == 0, done.err
         assert "--help" in words or list(done.runs.glob("*/*/result.json"))
         return
@@ -87,11 +93,22 @@ def test_training(words, train, folder):
         assert cfg.norm.name in norms.names()
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """runs/mine of two runs."""
+    place = tmp_path_factory.mktemp("trained")
+    keys = [f"runtime.runs={place / 'runs'}", "recipe.updates=9", "probe=batch_statistics"]
+    keys += ["runtime.threads=1", "norm=bn,gn", "batch=2", "study=mine"]
+    process = Forked(["-m", *keys])
+    assert process.communicate()[1] == ""
+    assert process.returncode == 0
+    return place
+
+
 @pytest.fixture
-def study(train, tmp_path, monkeypatch):
-    """runs/mine of two runs, in a folder of its own."""
-    done = train("-m", "norm=bn,gn", "batch=2", "study=mine", "probe=batch_statistics")
-    assert done.status == 0, done.err
+def study(trained, tmp_path, monkeypatch):
+    """The same in the test's own folder."""
+    shutil.copytree(trained / "runs", tmp_path / "runs")
     monkeypatch.chdir(tmp_path)
     return tmp_path / "runs" / "mine"
 
@@ -102,6 +119,7 @@ def test_scripts(words, study, monkeypatch, capfd):
     values = {"RUN": run, "RUN...": run, "runs/STUDY": "runs/mine"}
     words = [values.get(word, word) for word in words[1:] if word != "--watch"]  # forever
     if words[0].endswith("plan.py"):
+        words = [words[0], "batch=2", "seed=0", *ends(words[1:])]  # a part of what a preset has
         words += ["--speed", "1000"]  # which it would measure
     monkeypatch.setattr(sys, "argv", words)
     status = None

@@ -12,6 +12,7 @@ import pytest
 import reporting
 from reporting.output import show
 from reporting.table import Options
+from tests.processes import Forked
 from tests.reporting.studies import put, squeezed
 from training.files import RESULT, read_result, write
 
@@ -181,17 +182,8 @@ def test_files_are_whole_and_leave_nothing_behind(tmp_path, monkeypatch):
 
 
 def test_several_tables_of_one_study_at_once(study):
-    command = [
-        sys.executable,
-        str(ROOT / "scripts" / "table.py"),
-        str(study),
-        "--split",
-        "recipe.lr",
-    ]
-    several = [
-        subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-        for _ in range(3)
-    ]
+    script = ROOT / "scripts" / "table.py"
+    several = [Forked([str(study), "--split", "recipe.lr"], script) for _ in range(3)]
     assert [process.communicate()[1] for process in several] == [""] * 3
     assert (study / "table.md").read_text().count("| scheme") == 2
     assert not list(study.glob("*.tmp"))
