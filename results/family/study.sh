@@ -3,7 +3,8 @@
 #
 #   bash results/family/study.sh FOLDER lr|runs     FOLDER: CIFAR-10 as train/<class>/<image>, test/...
 #
-# lr: the learning rates of the schemes whose rates ../cifar10/lr does not choose; runs: the study.
+# lr: the learning rates of the schemes whose rates ../cifar10/lr does not choose, by one epoch; runs:
+# the study.
 # One run at a time and core; JOBS=2 for two. Small files are kept here as each run ends.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
@@ -27,7 +28,7 @@ queue() { xargs -P "${JOBS:-1}" -I {} bash -c 'train {}'; }
 case $part in
 lr)
     for norm in bn_init cbn mbn powernorm online mimicnorm xbn "nf recipe.clip=agc"; do
-        printf "norm=$norm recipe.lr=%s batch=32 data.holdout=0.1\n" 0.1 0.2 0.4
+        printf "norm=$norm recipe.lr=%s batch=32 data.holdout=0.1 recipe.epochs=1\n" 0.1 0.2 0.4
     done
     ;;
 runs)
