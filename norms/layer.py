@@ -1,13 +1,17 @@
 """What every layer that follows the batch does with its state, and what every layer owes PyTorch's
 tools: batch norm's place in the class tree, factory arguments, resets, leaves of `torch.fx`."""
 
+import inspect
 import sys
+import weakref
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils.checkpoint import _CheckpointFrame
 
 Numbers = TypeVar("Numbers", bound=tuple[Tensor, ...])
 BATCH_NORM_STATE = ("running_mean", "running_var", "num_batches_tracked")
@@ -32,6 +36,34 @@ def repeated() -> bool:
     """Whether this forward pass runs inside a backward pass: then gradient checkpointing repeats
     one that has been, which moves no state again."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def checkpoint_frame(hooks: Any) -> weakref.ref[_CheckpointFrame] | None:
+    """The region of non-reentrant gradient checkpointing that runs or is repeated, by the hooks
+    that it puts around what autograd saves."""
+    pack: Any = inspect.unwrap(hooks[0]) if hooks else None
+    for cell in getattr(pack, "__closure__", None) or ():
+        value = cell.cell_contents
+        value = value() if isinstance(value, weakref.ref) else value  # while it is repeated
+        if isinstance(value, _CheckpointFrame):
+            return weakref.ref(value)
+    return None
+
+
+@dataclass(eq=False)
+class Pass:
+    """A forward pass that gradient checkpointing may repeat."""
+
+    statistics: tuple[Tensor, ...]
+    numbers: Any
+    frame: Any
+    with_grad: bool
+    sequence_nr: int  # of the next autograd node
+    graph: int = -1  # the backward pass that has repeated it
+
+    def had(self, statistics: tuple[Tensor, ...]) -> bool:
+        pairs = list(zip(self.statistics, statistics, strict=True))
+        return all(a.shape == b.shape and a.allclose(b, 1e-3, equal_nan=True) for a, b in pairs)
 
 
 @torch.no_grad()
@@ -89,7 +121,7 @@ class BatchStatisticsNorm(Leaf, nn.BatchNorm2d):
             shape = shapes.get(name, () if counter else (num_features,))
             type_ = torch.int64 if counter else dtype
             self.register_buffer(name, torch.empty(shape, device=device, dtype=type_))
-        self._recent: deque[tuple[tuple[Tensor, ...], Any]] = deque(maxlen=8)
+        self._recent: deque[Pass] = deque(maxlen=64)
         self.reset_parameters()
 
     @property
@@ -135,21 +167,47 @@ class BatchStatisticsNorm(Leaf, nn.BatchNorm2d):
 
     def once(self, update: Callable[..., Numbers], *statistics: Tensor) -> Numbers:
         """`update(*statistics)`, which may move the state; where gradient checkpointing repeats a
-        forward pass, what that pass came to. Raises `RuntimeError` if it is too long ago."""
-        if not repeated():
-            numbers = update(*statistics)
-            transformed = torch._C._functorch.peek_interpreter_stack() is not None
-            if not (torch.compiler.is_compiling() or transformed):
-                self._recent.append((statistics, numbers))
-            return numbers
-        for then, numbers in self._recent:
-            pairs = list(zip(then, statistics, strict=True))
-            if all(a.shape == b.shape and a.allclose(b, 1e-3) for a, b in pairs):
-                return numbers
-        raise RuntimeError(
-            f"{type(self).__name__}: the backward pass repeats a forward pass that is not among "
-            f"this layer's last {self._recent.maxlen}, whose statistics are gone"
-        )
+        forward pass, what that pass came to. Raises `RuntimeError` where it cannot be told."""
+        if (
+            torch.compiler.is_compiling()
+            or torch._C._functorch.peek_interpreter_stack() is not None
+        ):
+            return update(*statistics)
+        gone = [p for p in self._recent if p.frame and p.frame() is None]  # with their graph
+        for p in gone:
+            self._recent.remove(p)
+        hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+        frame, with_grad = checkpoint_frame(hooks), torch.is_grad_enabled()
+        if repeated():
+            first = self.repeats(frame, statistics)
+            numbers, again = first.numbers, frame != first.frame or not with_grad  # if nested
+        else:
+            numbers, again = update(*statistics), True
+        if again and (hooks or not with_grad):  # else it is in no region
+            nr = torch._C._autograd._get_sequence_nr()
+            self._recent.append(Pass(statistics, numbers, frame, with_grad, nr))
+        return numbers
+
+    def repeats(self, frame: Any, statistics: tuple[Tensor, ...]) -> Pass:
+        """The forward pass that is repeated now."""
+        graph, node = torch._C._current_graph_task_id(), torch._C._current_autograd_node()
+        inside = [p for p in self._recent if frame and p.frame == frame]
+        # A reentrant region has no gradients inside, and a node that is made before it runs.
+        inside = inside or [
+            p for p in self._recent if not p.with_grad and p.sequence_nr > node._sequence_nr()
+        ]
+        for p in inside:
+            if p.graph != graph and p.had(statistics):
+                p.graph = graph
+                return p
+        same = [p for p in self._recent if p.had(statistics)]
+        pairs = [zip(p.numbers, same[0].numbers, strict=True) for p in same]
+        if not (same and all(torch.equal(a, b) for pair in pairs for a, b in pair)):
+            raise RuntimeError(
+                f"{type(self).__name__}: the backward pass repeats a forward pass that is "
+                f"{'one of several with these' if same else 'too long ago for its'} statistics"
+            )
+        return same[0]
 
     @torch.no_grad()
     def commit(self, **moved: Tensor) -> None:

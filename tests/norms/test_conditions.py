@@ -546,13 +546,48 @@ def test_gradient_checkpointing(name, reentrant):
         assert equal(state_of(plain), state_of(repeated))
 
 
-def test_a_repeated_pass_that_is_too_long_ago_is_refused():
-    layer = norms.MABN2d(4, 2)
-    x = torch.randn(2, 4, 3, 3, requires_grad=True)
-    y = checkpoint(layer, x, use_reentrant=False)
-    for _ in range(8):
-        layer(torch.randn(2, 4, 3, 3))
-    with pytest.raises(RuntimeError, match=r"^MABN2d: the backward pass repeats a forward pass"):
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("name", ["bcn estimated", "brn", "cbn", "mabn", "online", "powernorm"])
+def test_gradient_checkpointing_of_equal_batches(name, reentrant, as_default):
+    """The same images in other forward passes, in one region and in several, step after step, and
+    after a batch that is not finite: each pass is repeated with the state that it had met."""
+    run = functools.partial(checkpoint, use_reentrant=reentrant)
+    plain, repeated = trained(name), trained(name)
+    x, w = images(name, 2), torch.randn(3, 4, 8, 4, 4)
+    results = []
+    for net, call in ((plain, lambda f, *x: f(*x)), (repeated, run)):
+
+        def pair(a, b, net=net):
+            return net(a).sin(), net(b).sin()
+
+        call(net, torch.full_like(x, torch.inf).requires_grad_()).sum().backward()
+        net.zero_grad()
+        given = []
+        for _ in range(2):
+            given += [x.clone().requires_grad_() for _ in range(3)]
+            ys = [*call(pair, *given[-3:-1]), call(net, given[-1])]
+            sum((y * v).sum() for y, v in zip(ys, w, strict=True)).backward()
+        results.append([t.grad for t in (*given, *net.parameters()) if t.requires_grad])
+    same(*results)
+    assert equal(state_of(plain), state_of(repeated))
+
+
+def test_a_repeated_pass_that_cannot_be_told_is_refused():
+    layer, x = norms.MABN2d(4, 2), torch.randn(2, 4, 3, 3, requires_grad=True)
+    y = checkpoint(layer, x, use_reentrant=True)
+    with torch.no_grad():
+        for _ in range(64):
+            layer(torch.randn(2, 4, 3, 3))
+    with pytest.raises(RuntimeError, match=r"^MABN2d: the backward .* too long ago for its stat"):
+        y.sum().backward()
+
+    def inner(x):
+        return checkpoint(layer, x, use_reentrant=False) + checkpoint(layer, x, use_reentrant=False)
+
+    layer.warmup = 0
+    for _ in range(2):
+        y = checkpoint(inner, x, use_reentrant=False)
+    with pytest.raises(RuntimeError, match=r"^MABN2d: .* one of several with these statistics$"):
         y.sum().backward()
 
 
