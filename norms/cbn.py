@@ -48,10 +48,11 @@ class _ObservedConv(StandardizedConv):
 
     def patches(self, x: Tensor, y: Tensor, channels: int) -> Tensor:
         """Means over images and positions of y times the input patch, (channels, fan_in)."""
+        mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
+        x = F.pad(x, self._reversed_padding_repeated_twice, mode)  # which says what "same" is
         total = WEIGHT_GRADIENT[self.weight.dim() - 2](
-            x, (channels, *self.weight.shape[1:]), y, self.stride, self.padding, self.dilation,
-            self.groups,
-        )  # fmt: skip
+            x, (channels, *self.weight.shape[1:]), y, self.stride, 0, self.dilation, self.groups
+        )
         return total.flatten(1) / (y.numel() // channels)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -156,6 +157,7 @@ class CrossIterationBatchNorm2d(BatchStatisticsNorm):
         conv = self._conv[0]
         inputs, conv.seen = m.promote(seen[0]), None
         theta = conv.weight.detach().to(mean.dtype).flatten(1)
+        bias = torch.zeros_like(mean[0]) if conv.bias is None else conv.bias.to(mean.dtype)
         past_mean = self.past_mean + (self.past_mean_slope * theta).sum(2)
         past_square = self.past_square + (self.past_square_slope * theta).sum(2)
         past_var = (past_square - past_mean.square()).clamp(min=0)
@@ -165,19 +167,21 @@ class CrossIterationBatchNorm2d(BatchStatisticsNorm):
         valid = (age <= batch) & ((age == 0) | (batch >= self.burn_in))
         windows = [
             torch.cat(pair).unfold(0, size, 1).movedim(-1, 1)[:, :-1]
-            for pair in ((past_mean, mean), (past_var, var))
+            for pair in ((past_mean + bias, mean), (past_var, var))
         ]
 
         new: dict[str, list[Tensor]] = {name: [] for name in self.state if name.startswith("past")}
         kept = min(groups, size - 1)
-        images = m.promote(x).detach().unflatten(0, (groups, -1))
+        # Past batches get the bias of today: what is kept of a batch is of y without it.
+        images = (m.promote(x) - m.over_maps(bias[None], x)).unflatten(0, (groups, -1))
+        center = mean - bias
         for g in range(groups - kept, groups):
             part, y = inputs.unflatten(0, (groups, -1))[g], images[g]
             patch = conv.patches(part, torch.ones_like(y[:, : conv.groups]), conv.groups)
             slope = patch.repeat_interleave(len(theta) // conv.groups, 0)
             square_slope = 2 * conv.patches(part, y, len(theta))
-            square = var[g] + mean[g].square()
-            new["past_mean"].append(mean[g] - (slope * theta).sum(1))
+            square = var[g] + center[g].square()
+            new["past_mean"].append(center[g] - (slope * theta).sum(1))
             new["past_mean_slope"].append(slope)
             new["past_square"].append(square - (square_slope * theta).sum(1))
             new["past_square_slope"].append(square_slope)

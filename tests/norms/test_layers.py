@@ -405,6 +405,46 @@ def test_cbn(batches, size, window, burn_in, groups):
     close(net[1].running_var, reference.var)
 
 
+@pytest.mark.parametrize("dim", [1, 2])
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(padding=1, padding_mode="circular", stride=2),
+        dict(padding=2, padding_mode="reflect", dilation=2),
+        dict(padding=1, padding_mode="replicate", groups=2),
+        dict(padding="same", padding_mode="circular"),
+        dict(padding="same", dilation=2),
+        dict(padding="valid"),
+    ],
+)
+def test_cbn_sees_what_its_convolution_saw(options, dim):
+    """However that pads: of the same image the compensated mean is exact."""
+    made = build("cbn", batch_size=2, window=2, burn_in=0)
+    net = nn.Sequential(made.conv(4, 6, 3, dim=dim, **options), made.norm(6))
+    made.finish(net)
+    x = torch.randn(2, 4, *(7, 6)[:dim]) + 1
+    net(x)
+    with torch.no_grad():
+        net[0].weight.add_(torch.randn_like(net[0].weight))
+    y = net[0](x)
+    mean = y.transpose(0, 1).flatten(1).mean(1)
+    close(net[1].look_back(y, mean[None], torch.ones(1, 6))[0][0, 0], mean)
+
+
+def test_cbn_knows_no_bias_of_its_convolution():
+    """One that moves is in no statistic, as in batch norm's."""
+    made = build("cbn", batch_size=2, window=3, burn_in=0)
+    net, other = (nn.Sequential(made.conv(4, 6, 3), made.norm(6)) for _ in range(2))
+    other.load_state_dict(net.state_dict())
+    for part in (net, other):
+        made.finish(part)
+    net[0].bias = nn.Parameter(torch.randn(6))
+    for _ in range(4):
+        x = torch.randn(4, 4, 7, 6)
+        close(net(x), other(x))
+        net[0].bias.data += torch.randn(6)
+
+
 @pytest.mark.parametrize("size", [1e-1, 1e-2, 1e-3])
 def test_cbn_sees_old_images_with_the_weights_of_today(size):
     """Of the same image the compensated mean is exact, the mean square to second order."""
