@@ -46,7 +46,7 @@ class _ObservedConv(StandardizedConv):
         self.seen = (x.detach(), y) if self.training else None
         return y
 
-    def patches(self, x: Tensor, y: Tensor, channels: int) -> Tensor:
+    def patches(self: Any, x: Tensor, y: Tensor, channels: int) -> Tensor:
         """Means over images and positions of y times the input patch, (channels, fan_in)."""
         mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
         x = F.pad(x, self._reversed_padding_repeated_twice, mode)  # which says what "same" is

@@ -12,12 +12,13 @@ exception. A convolution with a bias and no norm behind it, a transposed one, on
 class and whatever comes after the last norm (a classifier, squeeze-and-excitation) stays.
 
 What stays of the host: names, hooks, training mode, type and device, what is tied or frozen, the
-eps of a batch norm where it becomes another norm of batches, and every parameter that the new layer has in the same shape, as the same object, so that an optimizer
-made before goes on. A batch norm's parameters and statistics go to what means the same: a batch
-norm, the one inside BCN, BRN's moving values; to nothing of MABN's. A norm that computes something
-else (a subclass with a forward pass of its own) is refused. Where the scheme normalizes
-only at the ends (PWS), the first and the last norm become its boundary norms, all others
-`Identity`, and every convolution gets a bias; the host's block order stays.
+eps of a batch norm where it becomes another norm of batches, and every parameter that the new layer
+has in the same shape, as the same object, so that an optimizer made before goes on. A batch norm's
+parameters and statistics go to what means the same: a batch norm, the one inside BCN, BRN's moving
+values; to nothing of MABN's. A norm that computes something else (a subclass with a forward pass of
+its own) is refused. Where the scheme normalizes only at the ends (PWS), the first and the last norm
+become its boundary norms, all others `Identity`, and every convolution gets a bias; the host's
+block order stays.
 """
 
 import warnings
@@ -35,8 +36,8 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from .bcn import BatchChannelNorm2d
 from .brn import BatchRenorm2d
-from .layer import BatchStatisticsNorm, Leaf
-from .scheme import CONV, Scheme
+from .layer import BatchStatisticsNorm
+from .scheme import Scheme
 from .standardized import StandardizedConv
 
 DIMENSIONS = {nn.BatchNorm1d: 1, nn.BatchNorm2d: 2, nn.BatchNorm3d: 3}
@@ -196,12 +197,13 @@ def _copy_statistics(new: Any, old: Any) -> None:
         new.num_batches_tracked.copy_(old.num_batches_tracked)
 
 
-def _has_own_forward(layer: nn.Module, *known: type[nn.Module]) -> bool:
-    """Whether it computes something else than the layers of PyTorch that are `known`."""
-    return any(
-        name in vars(layer)
-        or getattr(type(layer), name, None) not in [getattr(cls, name, None) for cls in known]
-        for name in ("forward", "_conv_forward")
+def has_own_forward(layer: nn.Module) -> bool:
+    """Whether it may compute something else than PyTorch's layer or ours of its kind."""
+    known = ("torch.nn.modules.", f"{__package__}.", "timm.layers.norm_act")
+    names = ("forward", "_conv_forward")
+    given = [getattr(type(layer), name) for name in names if hasattr(layer, name)]
+    return any(name in vars(layer) for name in names) or not all(
+        getattr(function, "__module__", "").startswith(known) for function in given
     )
 
 
@@ -213,7 +215,7 @@ def _why_plain(conv: Any) -> str:
         return "has been converted already"
     if is_parametrized(conv) or "weight" not in conv._parameters:
         return "its weight is computed (parametrized, pruned or normalized): remove that first"
-    if _has_own_forward(conv, *CONV.values()):
+    if has_own_forward(conv):
         return "has a forward pass of its own"
     if conv.padding_mode != "zeros":
         return f"padding_mode={conv.padding_mode}"
@@ -303,11 +305,7 @@ def conversion(module: nn.Module, scheme: Scheme) -> Conversion:
                     f"{name} of {host}: the gain of this {type(layer).__name__} is computed "
                     f"(parametrized or pruned), which no other norm can take; remove that first"
                 )
-            elif (
-                _has_own_forward(layer, _BatchNorm, nn.SyncBatchNorm)
-                and not isinstance(layer, Leaf)
-                and not (type(layer).__module__.startswith("timm.") and hasattr(layer, "act"))
-            ):
+            elif has_own_forward(layer):
                 raise ValueError(
                     f"{name} of {host}: this {type(layer).__name__} has a forward pass of its own, "
                     f"which no other norm can take; put one of PyTorch's in its place first"
