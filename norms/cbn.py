@@ -24,7 +24,7 @@ from torch.nn import grad
 
 from . import moments as m
 from .layer import BatchStatisticsNorm
-from .scheme import Scheme, conv, frozen_batch_norm
+from .scheme import Scheme, conv
 from .standardized import StandardizedConv
 
 WEIGHT_GRADIENT: dict[int, Any] = {
@@ -123,11 +123,7 @@ class CrossIterationBatchNorm2d(BatchStatisticsNorm):
             self.register_buffer(f"{name}_slope", self.running_mean.new_zeros(shape))
             self.state |= {name: 0.0, f"{name}_slope": 0.0}
 
-    def forward(self, x: Tensor) -> Tensor:
-        m.check_input(x, self.num_features)
-        if not self.training or x.shape[0] == 0:
-            state = (self.running_mean, self.running_var, self.weight, self.bias)
-            return F.batch_norm(x, *state, training=False, eps=self.eps)
+    def normalize(self, x: Tensor) -> Tensor:
         m.check_variance(x, self.batch_size)
         mean, var = m.pool_images(*m.moments(x), self.batch_size)
         past_mean, past_var, valid = self.once(
@@ -138,10 +134,7 @@ class CrossIterationBatchNorm2d(BatchStatisticsNorm):
         count = valid.sum(1)
         mean = (means * valid).sum(1) / count
         var = ((vars_ + (means - mean[:, None]).square()) * valid).sum(1) / count
-        weight, bias = self.gain_and_shift()
-        scale = weight * torch.rsqrt(var + self.eps)
-        shift = bias - mean * scale
-        return m.scale_and_shift(x, scale, shift)
+        return self.apply_statistics(x, mean, torch.rsqrt(var + self.eps))
 
     @torch.no_grad()
     def look_back(self, x: Tensor, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -199,10 +192,6 @@ class CrossIterationBatchNorm2d(BatchStatisticsNorm):
             num_batches_compensated=count + groups,
         )
         return windows[0], windows[1], valid[..., None]
-
-    def fold(self) -> nn.Module:
-        """What it computes in evaluation, in PyTorch's own layers: see `norms/fold.py`."""
-        return frozen_batch_norm(self, self.running_mean, self.running_var)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # A window of another length: the newest batches, or the oldest again for those before it.

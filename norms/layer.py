@@ -10,8 +10,12 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.utils.checkpoint import _CheckpointFrame
+
+from . import moments as m
+from .scheme import frozen_batch_norm
 
 Numbers = TypeVar("Numbers", bound=tuple[Tensor, ...])
 BATCH_NORM_STATE = ("running_mean", "running_var", "num_batches_tracked")
@@ -165,6 +169,29 @@ class BatchStatisticsNorm(Leaf, nn.BatchNorm2d):
         like = next(self.buffers())
         return like.new_ones(self.num_features), like.new_zeros(self.num_features)
 
+    def forward(self, x: Tensor) -> Tensor:
+        m.check_input(x, self.num_features)
+        if x.shape[0] and (self.training or self.running_mean is None):
+            return self.normalize(x)
+        state = (self.running_mean, self.running_var, self.weight, self.bias)
+        return F.batch_norm(x, *state, training=False, eps=self.eps)
+
+    def normalize(self, x: Tensor) -> Tensor:
+        """What it computes in training."""
+        raise NotImplementedError
+
+    def apply_statistics(self, x: Tensor, mean: Tensor, inverse: Tensor) -> Tensor:
+        """(x - mean) * inverse, by (G, C) numbers, with gain and shift."""
+        weight, bias = self.gain_and_shift()
+        scale = weight * inverse
+        return m.scale_and_shift(x, scale, bias - mean * scale)
+
+    def fold(self) -> nn.Module:
+        """What it computes in evaluation, in PyTorch's own layers: see `norms/fold.py`."""
+        if self.running_mean is None:
+            return self
+        return frozen_batch_norm(self, self.running_mean, self.running_var)
+
     def once(self, update: Callable[..., Numbers], *statistics: Tensor) -> Numbers:
         """`update(*statistics)`, which may move the state; where gradient checkpointing repeats a
         forward pass, what that pass came to. Raises `RuntimeError` where it cannot be told."""
@@ -239,3 +266,18 @@ class BatchStatisticsNorm(Leaf, nn.BatchNorm2d):
     def extra_repr(self) -> str:
         given = f"{self.num_features}, batch_size={self.batch_size}, eps={self.eps}"
         return f"{given}, momentum={self.momentum}, affine={self.weight is not None}"
+
+
+class SquareNorm(BatchStatisticsNorm):
+    """One by the mean square: nothing is centred."""
+
+    running_square: Tensor
+    centers = False
+
+    @property
+    def running_mean(self) -> Tensor:  # type: ignore[override]
+        return torch.zeros_like(self.running_square)
+
+    @property
+    def running_var(self) -> Tensor:  # type: ignore[override]
+        return self.running_square
