@@ -2,12 +2,14 @@
 
 import copy
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from norms import (
     BatchChannelNorm2d,
@@ -24,6 +26,7 @@ from norms import (
     names,
 )
 from norms.gn import fit_groups
+from norms.moments import moving_average
 from norms.nf import ScaledWSConv2d
 from tests.norms import literal
 
@@ -66,6 +69,23 @@ def compare(layer, reference, groups, size, channels, steps, maps=(3, 5), tolera
         for p1, p2 in zip(layer.parameters(), parameters, strict=True):
             if p1.requires_grad:
                 close(p1.grad, p2.grad)
+
+
+def test_the_average_of_one_group_is_one_operation():
+    """And two views: at batch = batch size a GPU waits for small operations."""
+    operations = []
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            operations.append(function)
+            return function(*args, **kwargs or {})
+
+    start, values, count = torch.randn(3), torch.randn(1, 3), torch.tensor(7)
+    with Count():
+        before, after = moving_average(1, 0.1, count)(start, values)
+    assert len(operations) <= 3
+    close(before[0], start)
+    close(after, 0.9 * start + 0.1 * values)
 
 
 @settings(max_examples=25, deadline=None)
@@ -823,3 +843,11 @@ def test_loaded_weights_are_used_after_eval():
     layer.load_state_dict(other.state_dict())
     assert torch.equal(layer(x), other(x))
     assert not torch.equal(layer(x), before)
+
+
+def test_the_table_of_deviations_has_every_formula():
+    lines = (Path(__file__).parents[2] / "docs" / "deviations.md").read_text().splitlines()
+    rows = [line.split("|")[1:-1] for line in lines if line.startswith("| ")][2:]
+    of_others = {"mimicnorm", "none", "sync_bn", "ws_bn", "ws_gn", "xbn"}
+    assert {row[0].strip() for row in rows} == {*names(), "ws"} - of_others
+    assert all(float(row[i]) < 1e-6 for row in rows for i in (2, 3))
