@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import moments as m
+from .backward import check_vmap
 from .layer import BatchStatisticsNorm
 from .scheme import CONV, Scheme, conv
 
@@ -59,6 +60,7 @@ class GhostBatchNorm2d(BatchStatisticsNorm):
         affine = (self.weight, self.bias)
         if mean is None or not self.training:
             return F.batch_norm(x, None, None, *affine, True, 0.0, self.eps)
+        check_vmap(type(self).__name__, x, mean)
         mean, var = mean.clone(), var.clone()
         count = self.num_batches_tracked + 1
         rate = 1 / float(count) if self.momentum is None else self.momentum

@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 from torch.utils.checkpoint import _CheckpointFrame
 
 from . import moments as m
+from .backward import check_vmap
 from .scheme import frozen_batch_norm
 
 Numbers = TypeVar("Numbers", bound=tuple[Tensor, ...])
@@ -246,6 +247,7 @@ class BatchStatisticsNorm(Leaf, nn.BatchNorm2d):
         finite = (floats * 0).sum() == 0  # what is infinite or NaN gives NaN
         for name, value in moved.items():
             buffer = getattr(self, name)
+            check_vmap(type(self).__name__, value, buffer)
             buffer.copy_(torch.where(finite, value, buffer))
 
     def __setattr__(self, name: str, value: Any) -> None:

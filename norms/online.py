@@ -20,6 +20,7 @@ All of it is linear in x and dL/dy, image by image: what crosses images are numb
 backward pass is not the derivative of the forward one.
 """
 
+import sys
 from functools import partial
 from typing import Any, Literal
 
@@ -101,8 +102,10 @@ class LayerScaling(nn.Module):
         self.eps = eps
 
     def forward(self, y: Tensor) -> Tensor:
-        square = m.promote(y).square().flatten(1).mean(1, keepdim=True)
-        return y * m.over_maps(torch.rsqrt(square + self.eps), y).to(y.dtype)
+        scale = torch.rsqrt(m.promote(y).square().flatten(1).mean(1) + self.eps)
+        return y * scale.view([-1] + [1] * (y.dim() - 1)).to(
+            y.dtype
+        )  # as torch.jit.script reads it
 
     def extra_repr(self) -> str:
         return f"eps={self.eps}"
@@ -177,6 +180,19 @@ class OnlineNorm2d(BatchStatisticsNorm):
             num_images_normalized=count + len(mean),
         )
         return before, inverse, mean, var
+
+    def __getattr__(self, name: str) -> Any:
+        if (
+            name == "running_var"
+            and self.behind
+            and not torch.compiler.is_compiling()
+            and sys._getframe(1).f_code.co_name == "fuse_conv_bn_eval"
+        ):
+            raise ValueError(
+                f"OnlineNorm2d: a convolution cannot take its {self.behind}; expected "
+                f"smallbatch.fold(network), which keeps it behind"
+            )
+        return super().__getattr__(name)
 
     def compensate(self, y: Tensor) -> Tensor:
         if self.compensation == "layer_scaling":

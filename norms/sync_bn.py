@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import moments as m
+from .backward import check_vmap
 from .layer import BatchStatisticsNorm, Leaf, settle
 from .scheme import CONV, Scheme, conv
 
@@ -33,6 +34,7 @@ class SyncBatchNorm2d(Leaf, nn.SyncBatchNorm):
         m.check_input(input, self.num_features)
         if not self.training:
             return super().forward(input)
+        check_vmap("SyncBatchNorm2d", input, self.running_mean)
         if input.shape[0] and self.batch_size not in (None, input.shape[0]):
             raise ValueError(
                 f"norm=sync_bn: a forward pass of {input.shape[0]} images with batch="

@@ -321,6 +321,22 @@ def test_torch_func(name, as_default):
         torch.testing.assert_close(together, torch.stack([net(x) for net in two]))
 
 
+@pytest.mark.parametrize("name", sorted({*MOVING, "sync_bn", "evonorm_b0"}))
+def test_vmap_over_one_state_is_one_line(name):
+    layer, x = Pair(name, 2), torch.stack([images(name, 2)] * 3)
+    parameters = dict(layer.named_parameters())
+
+    def loss(parameters, x):
+        return functional_call(layer, parameters, (x,)).sum()
+
+    if name != "mbn":  # whose memory moves in the second pass alone
+        for call in (lambda: vmap(layer)(x), lambda: vmap(grad(loss), (None, 0))(parameters, x)):
+            with pytest.raises(
+                RuntimeError, match=r"^\w+: in training its statistics .* torch.vmap"
+            ):
+                call()
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_functional_call_in_training(name):
     """It moves the buffers that it is given, also inside `torch.func.grad`, as a step moves the

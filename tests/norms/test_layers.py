@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from norms import (
@@ -23,6 +24,7 @@ from norms import (
     PWSConv2d,
     WSConv2d,
     build,
+    fold,
     names,
 )
 from norms.gn import fit_groups
@@ -360,6 +362,22 @@ def test_online_compensation(compensation):
     )
     (expected,) = torch.autograd.grad(exact, x, dy)
     close(dx, expected)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.* is deprecated")
+@pytest.mark.parametrize("compensation", ["layer_scaling", "clamp", "none"])
+def test_online_in_pytorchs_own_tools(compensation):
+    """Its compensation is not lost in a convolution; a folded network is scripted."""
+    made = build("online", compensation=compensation)
+    net, x = nn.Sequential(made.conv(4, 6, 3), made.norm(6)), torch.randn(2, 4, 5, 5)
+    net(x)
+    expected = net.eval()(x)
+    close(torch.jit.script(fold(net))(x), expected)
+    if compensation == "none":
+        close(fuse_conv_bn_eval(*net)(x), expected)
+    else:
+        with pytest.raises(ValueError, match=r"^OnlineNorm2d: a convolution cannot take its"):
+            fuse_conv_bn_eval(*net)
 
 
 def test_online_is_a_stream():
