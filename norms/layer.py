@@ -7,6 +7,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from threading import get_ident
 from typing import Any, TypeVar
 
 import torch
@@ -64,6 +65,7 @@ class Pass:
     frame: Any
     with_grad: bool
     sequence_nr: int  # of the next autograd node
+    thread: int
     graph: int = -1  # the backward pass that has repeated it
 
     def had(self, statistics: tuple[Tensor, ...]) -> bool:
@@ -213,23 +215,24 @@ class BatchStatisticsNorm(Leaf, nn.BatchNorm2d):
             numbers, again = update(*statistics), True
         if again and (hooks or not with_grad):  # else it is in no region
             nr = torch._C._autograd._get_sequence_nr()
-            self._recent.append(Pass(statistics, numbers, frame, with_grad, nr))
+            self._recent.append(Pass(statistics, numbers, frame, with_grad, nr, get_ident()))
         return numbers
 
     def repeats(self, frame: Any, statistics: tuple[Tensor, ...]) -> Pass:
         """The forward pass that is repeated now."""
         graph, node = torch._C._current_graph_task_id(), torch._C._current_autograd_node()
         inside = [p for p in self._recent if frame and p.frame == frame]
-        # A reentrant region has no gradients inside, and a node that is made before it runs.
+        # A reentrant region has no gradients inside, and a node that is made right before it runs.
         inside = inside or [
             p for p in self._recent if not p.with_grad and p.sequence_nr > node._sequence_nr()
         ]
-        for p in inside:
-            if p.graph != graph and p.had(statistics):
-                p.graph = graph
-                return p
+        if len({p.thread for p in inside}) == 1:  # each thread counts its nodes
+            for p in inside:
+                if p.graph != graph and p.had(statistics):
+                    p.graph = graph
+                    return p
         same = [p for p in self._recent if p.had(statistics)]
-        pairs = [zip(p.numbers, same[0].numbers, strict=True) for p in same]
+        pairs = [zip(p.numbers, same[0].numbers, strict=True) for p in same[1:]]
         if not (same and all(torch.equal(a, b) for pair in pairs for a, b in pair)):
             raise RuntimeError(
                 f"{type(self).__name__}: the backward pass repeats a forward pass that is "
