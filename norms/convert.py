@@ -51,9 +51,21 @@ HOOKS = (
 )
 
 
-def replace_module(root: nn.Module, name: str, new: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(root.get_submodule(parent), child, new)
+def swap_modules(root: nn.Module, new: dict[nn.Module, nn.Module]) -> None:
+    """Put the `new` layers wherever a module of `root` refers to the old ones: among its children,
+    and in lists, tuples and dictionaries of its own."""
+
+    def swap(value: Any) -> Any:
+        return new.get(value, value) if isinstance(value, nn.Module) else value
+
+    for module in list(root.modules()):
+        for name, value in vars(module).items():
+            if isinstance(value, dict):
+                value.update({k: swap(v) for k, v in value.items() if swap(v) is not v})
+            elif isinstance(value, list):
+                value[:] = map(swap, value)
+            elif type(value) is tuple and any(swap(v) is not v for v in value):
+                vars(module)[name] = tuple(map(swap, value))
 
 
 @dataclass
@@ -86,14 +98,13 @@ class Conversion:
         """Swap the layers in place and return the network; after a `ValueError` of the scheme's
         own check it is as it was."""
         root = nn.ModuleDict({"host": self.host})  # so that the host itself can be a layer to swap
-        for name, new in self.swapped.items():
-            replace_module(root, f"host.{name}".rstrip("."), new)
+        new = {self.layers[name]: layer for name, layer in self.swapped.items()}
+        swap_modules(root, new)
         try:
             if self.scheme.finish:
                 self.scheme.finish(root["host"])
         except ValueError:
-            for name in self.swapped:
-                replace_module(root, f"host.{name}".rstrip("."), self.layers[name])
+            swap_modules(root, {layer: old for old, layer in new.items()})
             raise
         for name in self.swapped:  # `finish` may have put others there
             move_hooks(root.get_submodule(f"host.{name}".rstrip(".")), self.layers[name])

@@ -662,3 +662,21 @@ def test_a_wrapped_network_is_refused():
     finally:
         torch.distributed.destroy_process_group()
     norms.convert(nn.DataParallel(pair()), scheme("pws"))  # which looks anew each time
+
+
+def test_lists_of_layers_have_the_new_ones():
+    """As detectron2's pyramids, which keep their convolutions in a list in reverse as well."""
+
+    class Net(nn.Sequential):
+        def forward(self, x):
+            return self.last[0](self.ends["norm"](self.layers[0](x)))
+
+    host = Net(*pair(bias=True))
+    host.layers, host.ends, host.last = list(host), {"norm": host[1]}, (host[2],)
+    with pytest.raises(ValueError, match=r"norm=evonorm_b0: is norm and activation in one"):
+        norms.convert(host, norms.build("evonorm_b0"))
+    assert host.layers == list(host)
+    norms.convert(host, scheme("mabn"))
+    assert host.layers == list(host)
+    assert host.ends["norm"] is host[1]
+    assert type(host[1]) is norms.MABN2d
