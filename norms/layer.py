@@ -6,6 +6,7 @@ import sys
 import weakref
 from collections import deque
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from threading import get_ident
 from typing import Any, TypeVar
@@ -13,7 +14,12 @@ from typing import Any, TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torch.utils.checkpoint import _CheckpointFrame
+from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode_stack
+from torch.utils.checkpoint import (
+    _CachedTorchDispatchMode,
+    _CachingTorchDispatchMode,
+    _CheckpointFrame,
+)
 
 from . import moments as m
 from .backward import check_vmap
@@ -54,6 +60,15 @@ def checkpoint_frame(hooks: Any) -> weakref.ref[_CheckpointFrame] | None:
         if isinstance(value, _CheckpointFrame):
             return weakref.ref(value)
     return None
+
+
+def uncounted() -> AbstractContextManager[Any]:
+    """Selective checkpointing counts operations, and those that move state are not repeated."""
+    if not torch.compiler.is_compiling():
+        for mode in _get_current_dispatch_mode_stack():
+            if isinstance(mode, _CachedTorchDispatchMode | _CachingTorchDispatchMode):
+                return _disable_current_modes()
+    return nullcontext()
 
 
 @dataclass(eq=False)
@@ -208,11 +223,12 @@ class BatchStatisticsNorm(Leaf, nn.BatchNorm2d):
             self._recent.remove(p)
         hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
         frame, with_grad = checkpoint_frame(hooks), torch.is_grad_enabled()
-        if repeated():
-            first = self.repeats(frame, statistics)
-            numbers, again = first.numbers, frame != first.frame or not with_grad  # if nested
-        else:
-            numbers, again = update(*statistics), True
+        with uncounted():
+            if repeated():
+                first = self.repeats(frame, statistics)
+                numbers, again = first.numbers, frame != first.frame or not with_grad  # if nested
+            else:
+                numbers, again = update(*statistics), True
         if again and (hooks or not with_grad):  # else it is in no region
             nr = torch._C._autograd._get_sequence_nr()
             self._recent.append(Pass(statistics, numbers, frame, with_grad, nr, get_ident()))
@@ -246,12 +262,13 @@ class BatchStatisticsNorm(Leaf, nn.BatchNorm2d):
         batch leaves all as it was, as a loss scaler skips a step."""
         if self.momentum == 0 or repeated():
             return
-        floats = torch.cat([v.flatten() for v in moved.values() if v.is_floating_point()])
-        finite = (floats * 0).sum() == 0  # what is infinite or NaN gives NaN
-        for name, value in moved.items():
-            buffer = getattr(self, name)
-            check_vmap(type(self).__name__, value, buffer)
-            buffer.copy_(torch.where(finite, value, buffer))
+        with uncounted():
+            floats = torch.cat([v.flatten() for v in moved.values() if v.is_floating_point()])
+            finite = (floats * 0).sum() == 0  # what is infinite or NaN gives NaN
+            for name, value in moved.items():
+                buffer = getattr(self, name)
+                check_vmap(type(self).__name__, value, buffer)
+                buffer.copy_(torch.where(finite, value, buffer))
 
     def __setattr__(self, name: str, value: Any) -> None:
         if value is None and name in BATCH_NORM_STATE and "num_batches_tracked" not in self.state:

@@ -19,7 +19,11 @@ from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.func import functional_call, grad, jacfwd, jacrev, jvp, stack_module_state, vjp, vmap
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import swa_utils
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 from torchvision.models.feature_extraction import create_feature_extractor
 
 import norms
@@ -62,14 +66,15 @@ def images(name, batch, size=6, **options):
     return torch.randn(batch * (1 if name == "sync_bn" else 2), 4, size, size, **options)
 
 
-def step(layer, x):
-    """Output and all gradients of one training step."""
-    layer.zero_grad()
+def step(layer, x, owner=None):
+    """Output and all gradients of one training step; `layer` may be a function of its `owner`."""
+    owner = owner or layer
+    owner.zero_grad()
     x = x.clone(memory_format=torch.preserve_format).requires_grad_()
     y = layer(x)
     weights = torch.linspace(-1, 1, y.numel(), dtype=torch.float32).reshape(y.shape)
     (y.float() * weights).sum().backward()
-    return [y, x.grad, *(p.grad for p in layer.parameters() if p.requires_grad)]
+    return [y, x.grad, *(p.grad for p in owner.parameters() if p.requires_grad)]
 
 
 def same(a, b, **tolerance):
@@ -585,6 +590,23 @@ def test_gradient_checkpointing_of_equal_batches(name, reentrant, as_default):
             sum((y * v).sum() for y, v in zip(ys, w, strict=True)).backward()
         results.append([t.grad for t in (*given, *net.parameters()) if t.requires_grad])
     same(*results)
+    assert equal(state_of(plain), state_of(repeated))
+
+
+@pytest.mark.parametrize("name", ["bn", "bcn estimated", "brn", "cbn", "mabn", "online"])
+def test_selective_checkpointing(name, as_default):
+    """Which keeps the results of some operations, by their count, and repeats the others."""
+    kept = (torch.ops.aten.mul.Tensor, torch.ops.aten.cat.default, torch.ops.aten.sum.dim_IntList)
+
+    def policy(context, operation, *args, **kwargs):
+        save, repeat = CheckpointPolicy.MUST_SAVE, CheckpointPolicy.PREFER_RECOMPUTE
+        return save if operation in kept else repeat
+
+    contexts = functools.partial(create_selective_checkpoint_contexts, policy)
+    run = functools.partial(checkpoint, use_reentrant=False, context_fn=contexts)
+    plain, repeated, x = trained(name), trained(name), images(name, 2)
+    for _ in range(2):
+        same(step(plain, x), step(functools.partial(run, repeated), x, repeated))
     assert equal(state_of(plain), state_of(repeated))
 
 
