@@ -8,7 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-BATCHED = (torch._C._functorch.is_batchedtensor, torch._C._functorch.is_legacy_batchedtensor)
+
+def is_batched(x: Tensor) -> bool:
+    """Whether it is several tensors to `torch.vmap`, alone or within another transform."""
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(x) and not functorch.is_batchedtensor(x):
+        x = functorch.get_unwrapped(x)
+    return functorch.is_batchedtensor(x) or functorch.is_legacy_batchedtensor(x)
 
 
 def vmap_error(layer: str) -> RuntimeError:
@@ -16,6 +22,14 @@ def vmap_error(layer: str) -> RuntimeError:
         f"{layer}: in training its statistics and gradients move from batch to batch, which "
         f"torch.vmap cannot follow; expected evaluation mode"
     )
+
+
+def check_vmap(layer: str, value: Tensor, buffer: Tensor | None) -> None:
+    """Raise `RuntimeError` where `torch.vmap` has several values for one state."""
+    if buffer is None or torch.compiler.is_compiling():
+        return
+    if is_batched(value) and not is_batched(buffer):
+        raise vmap_error(layer)
 
 
 def check_float16(layer: str, x: Tensor) -> None:
@@ -48,8 +62,7 @@ class _NoDerivative(torch.autograd.Function):
 
 def state_before(ctx: Any, layer: str, dy: Tensor) -> Sequence[Tensor]:
     """The state as the first backward pass over this graph finds it."""
-    if not torch.compiler.is_compiling() and any(is_(dy) for is_ in BATCHED):
-        raise vmap_error(layer)
+    check_vmap(layer, dy, ctx.state[0])
     if ctx.before is None:
         ctx.before = [buffer.clone() for buffer in ctx.state]
     return ctx.before

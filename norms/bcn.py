@@ -29,7 +29,7 @@ from . import moments as m
 from .bn import GhostBatchNorm2d
 from .gn import check_groups, fit_groups
 from .layer import BatchStatisticsNorm, Leaf
-from .scheme import Scheme, frozen_batch_norm
+from .scheme import Scheme
 from .ws_gn import ws_conv
 
 
@@ -57,16 +57,9 @@ class EstimatedBatchNorm2d(BatchStatisticsNorm):
     ):
         super().__init__(num_features, batch_size, eps, rate, affine, device, dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
-        m.check_input(x, self.num_features)
-        if not self.training or x.shape[0] == 0:
-            state = (self.running_mean, self.running_var, self.weight, self.bias)
-            return F.batch_norm(x, *state, training=False, eps=self.eps)
+    def normalize(self, x: Tensor) -> Tensor:
         mean, inverse = self.statistics(*m.moments(x.detach()), x[0, 0].numel())
-        weight, bias = self.gain_and_shift()
-        scale = weight * inverse
-        shift = bias - mean * scale
-        return m.scale_and_shift(x, scale, shift)
+        return self.apply_statistics(x, mean, inverse)
 
     def statistics(self, mean: Tensor, var: Tensor, area: int) -> tuple[Tensor, Tensor]:
         """From the moments of every map, (N, C), to mean and 1 / sqrt(var + eps) as each group
@@ -91,10 +84,6 @@ class EstimatedBatchNorm2d(BatchStatisticsNorm):
             num_batches_estimated=count + len(mean),
         )
         return means, torch.rsqrt(variances + self.eps)
-
-    def fold(self) -> nn.Module:
-        """What it computes in evaluation, in PyTorch's own layers: see `norms/fold.py`."""
-        return frozen_batch_norm(self, self.running_mean, self.running_var)
 
 
 class BatchChannelNorm2d(Leaf):

@@ -15,11 +15,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import moments as m
+from .backward import check_vmap
 from .layer import BatchStatisticsNorm
-from .scheme import CONV, Scheme, conv, frozen_batch_norm
+from .scheme import CONV, Scheme, conv
 
 
 class GhostBatchNorm2d(BatchStatisticsNorm):
@@ -46,19 +47,12 @@ class GhostBatchNorm2d(BatchStatisticsNorm):
     ):
         super().__init__(num_features, batch_size, eps, momentum, affine, device, dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
-        m.check_input(x, self.num_features)
-        running, affine = (self.running_mean, self.running_var), (self.weight, self.bias)
-        if not (self.training or running[0] is None) or x.shape[0] == 0:
-            return F.batch_norm(x, running[0], running[1], *affine, eps=self.eps)
+    def normalize(self, x: Tensor) -> Tensor:
         m.check_variance(x, self.batch_size)
         if m.count_groups(x, self.batch_size) == 1:
             return self.one_group(x)
         mean, inverse = self.statistics(*m.moments(x), x[0, 0].numel())
-        weight, bias = self.gain_and_shift()
-        scale = weight * inverse
-        shift = bias - mean * scale
-        return m.scale_and_shift(x, scale, shift)
+        return self.apply_statistics(x, mean, inverse)
 
     def one_group(self, x: Tensor) -> Tensor:
         """Of the batch as a whole: PyTorch's own function, on a copy of the state."""
@@ -66,6 +60,7 @@ class GhostBatchNorm2d(BatchStatisticsNorm):
         affine = (self.weight, self.bias)
         if mean is None or not self.training:
             return F.batch_norm(x, None, None, *affine, True, 0.0, self.eps)
+        check_vmap(type(self).__name__, x, mean)
         mean, var = mean.clone(), var.clone()
         count = self.num_batches_tracked + 1
         rate = 1 / float(count) if self.momentum is None else self.momentum
@@ -95,12 +90,6 @@ class GhostBatchNorm2d(BatchStatisticsNorm):
             running_var=average(self.running_var, var)[1][-1],
             num_batches_tracked=count + len(mean),
         )
-
-    def fold(self) -> nn.Module:
-        """What it computes in evaluation, in PyTorch's own layers: see `norms/fold.py`."""
-        if self.running_mean is None:
-            return self
-        return frozen_batch_norm(self, self.running_mean, self.running_var)
 
 
 def scaled(channels: int, init_scale: float, lr_divisor: float, **options: Any) -> GhostBatchNorm2d:

@@ -16,12 +16,11 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import moments as m
 from .layer import BatchStatisticsNorm
-from .scheme import CONV, Scheme, conv, frozen_batch_norm
+from .scheme import CONV, Scheme, conv
 
 
 class BatchRenorm2d(BatchStatisticsNorm):
@@ -60,11 +59,7 @@ class BatchRenorm2d(BatchStatisticsNorm):
         if affine:
             self.weight.requires_grad_(not fixed_weight)
 
-    def forward(self, x: Tensor) -> Tensor:
-        m.check_input(x, self.num_features)
-        if not self.training or x.shape[0] == 0:
-            state = (self.running_mean, self.running_var, self.weight, self.bias)
-            return F.batch_norm(x, *state, training=False, eps=self.eps)
+    def normalize(self, x: Tensor) -> Tensor:
         m.check_variance(x, self.batch_size)
         mean, var = m.pool_images(*m.moments(x), self.batch_size)
         std = torch.sqrt(var + self.eps)
@@ -88,13 +83,14 @@ class BatchRenorm2d(BatchStatisticsNorm):
         average = m.moving_average(len(mean), self.momentum, count)
         before, after = average(self.moving_mean, mean)
         std_before, std_after = average(self.moving_std, std)
+        r = torch.clamp(std / std_before, 1 / r_max, r_max)
+        d = torch.clamp((mean - before) / std_before, -d_max, d_max)
         self.commit(
             moving_mean=after[-1],
             moving_std=std_after[-1],
             num_batches_renormalized=count + len(mean),
         )
-        r = torch.clamp(std / std_before, 1 / r_max, r_max)
-        return r, torch.clamp((mean - before) / std_before, -d_max, d_max)
+        return r, d
 
     @property
     def running_mean(self) -> Tensor:  # type: ignore[override]
@@ -103,10 +99,6 @@ class BatchRenorm2d(BatchStatisticsNorm):
     @property
     def running_var(self) -> Tensor:  # type: ignore[override]  # to which a batch norm adds eps
         return self.moving_std.square() - self.eps
-
-    def fold(self) -> nn.Module:
-        """What it computes in evaluation, in PyTorch's own layers: see `norms/fold.py`."""
-        return frozen_batch_norm(self, self.running_mean, self.running_var)
 
 
 def scheme(

@@ -24,7 +24,7 @@ from torch.nn import grad
 
 from . import moments as m
 from .layer import BatchStatisticsNorm
-from .scheme import Scheme, conv, frozen_batch_norm
+from .scheme import Scheme, conv
 from .standardized import StandardizedConv
 
 WEIGHT_GRADIENT: dict[int, Any] = {
@@ -46,12 +46,13 @@ class _ObservedConv(StandardizedConv):
         self.seen = (x.detach(), y) if self.training else None
         return y
 
-    def patches(self, x: Tensor, y: Tensor, channels: int) -> Tensor:
+    def patches(self: Any, x: Tensor, y: Tensor, channels: int) -> Tensor:
         """Means over images and positions of y times the input patch, (channels, fan_in)."""
+        mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
+        x = F.pad(x, self._reversed_padding_repeated_twice, mode)  # which says what "same" is
         total = WEIGHT_GRADIENT[self.weight.dim() - 2](
-            x, (channels, *self.weight.shape[1:]), y, self.stride, self.padding, self.dilation,
-            self.groups,
-        )  # fmt: skip
+            x, (channels, *self.weight.shape[1:]), y, self.stride, 0, self.dilation, self.groups
+        )
         return total.flatten(1) / (y.numel() // channels)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -122,11 +123,7 @@ class CrossIterationBatchNorm2d(BatchStatisticsNorm):
             self.register_buffer(f"{name}_slope", self.running_mean.new_zeros(shape))
             self.state |= {name: 0.0, f"{name}_slope": 0.0}
 
-    def forward(self, x: Tensor) -> Tensor:
-        m.check_input(x, self.num_features)
-        if not self.training or x.shape[0] == 0:
-            state = (self.running_mean, self.running_var, self.weight, self.bias)
-            return F.batch_norm(x, *state, training=False, eps=self.eps)
+    def normalize(self, x: Tensor) -> Tensor:
         m.check_variance(x, self.batch_size)
         mean, var = m.pool_images(*m.moments(x), self.batch_size)
         past_mean, past_var, valid = self.once(
@@ -137,10 +134,7 @@ class CrossIterationBatchNorm2d(BatchStatisticsNorm):
         count = valid.sum(1)
         mean = (means * valid).sum(1) / count
         var = ((vars_ + (means - mean[:, None]).square()) * valid).sum(1) / count
-        weight, bias = self.gain_and_shift()
-        scale = weight * torch.rsqrt(var + self.eps)
-        shift = bias - mean * scale
-        return m.scale_and_shift(x, scale, shift)
+        return self.apply_statistics(x, mean, torch.rsqrt(var + self.eps))
 
     @torch.no_grad()
     def look_back(self, x: Tensor, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -156,6 +150,7 @@ class CrossIterationBatchNorm2d(BatchStatisticsNorm):
         conv = self._conv[0]
         inputs, conv.seen = m.promote(seen[0]), None
         theta = conv.weight.detach().to(mean.dtype).flatten(1)
+        bias = torch.zeros_like(mean[0]) if conv.bias is None else conv.bias.to(mean.dtype)
         past_mean = self.past_mean + (self.past_mean_slope * theta).sum(2)
         past_square = self.past_square + (self.past_square_slope * theta).sum(2)
         past_var = (past_square - past_mean.square()).clamp(min=0)
@@ -165,19 +160,21 @@ class CrossIterationBatchNorm2d(BatchStatisticsNorm):
         valid = (age <= batch) & ((age == 0) | (batch >= self.burn_in))
         windows = [
             torch.cat(pair).unfold(0, size, 1).movedim(-1, 1)[:, :-1]
-            for pair in ((past_mean, mean), (past_var, var))
+            for pair in ((past_mean + bias, mean), (past_var, var))
         ]
 
         new: dict[str, list[Tensor]] = {name: [] for name in self.state if name.startswith("past")}
         kept = min(groups, size - 1)
-        images = m.promote(x).detach().unflatten(0, (groups, -1))
+        # Past batches get the bias of today: what is kept of a batch is of y without it.
+        images = (m.promote(x) - m.over_maps(bias[None], x)).unflatten(0, (groups, -1))
+        center = mean - bias
         for g in range(groups - kept, groups):
             part, y = inputs.unflatten(0, (groups, -1))[g], images[g]
             patch = conv.patches(part, torch.ones_like(y[:, : conv.groups]), conv.groups)
             slope = patch.repeat_interleave(len(theta) // conv.groups, 0)
             square_slope = 2 * conv.patches(part, y, len(theta))
-            square = var[g] + mean[g].square()
-            new["past_mean"].append(mean[g] - (slope * theta).sum(1))
+            square = var[g] + center[g].square()
+            new["past_mean"].append(center[g] - (slope * theta).sum(1))
             new["past_mean_slope"].append(slope)
             new["past_square"].append(square - (square_slope * theta).sum(1))
             new["past_square_slope"].append(square_slope)
@@ -195,10 +192,6 @@ class CrossIterationBatchNorm2d(BatchStatisticsNorm):
             num_batches_compensated=count + groups,
         )
         return windows[0], windows[1], valid[..., None]
-
-    def fold(self) -> nn.Module:
-        """What it computes in evaluation, in PyTorch's own layers: see `norms/fold.py`."""
-        return frozen_batch_norm(self, self.running_mean, self.running_var)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # A window of another length: the newest batches, or the oldest again for those before it.

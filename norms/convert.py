@@ -11,15 +11,18 @@ those without a bias, which is how most networks mark a convolution whose output
 exception. A convolution with a bias and no norm behind it, a transposed one, one of a library's own
 class and whatever comes after the last norm (a classifier, squeeze-and-excitation) stays.
 
-What stays of the host: names, hooks, training mode, type and device, what is tied or frozen, and
-every parameter that the new layer has in the same shape, as the same object, so that an optimizer
-made before goes on. A batch norm's parameters and statistics go to what means the same: a batch
-norm, the one inside BCN, BRN's moving values; to nothing of MABN's. Where the scheme normalizes
-only at the ends (PWS), the first and the last norm become its boundary norms, all others
-`Identity`, and every convolution gets a bias; the host's block order stays.
+What stays of the host: names, hooks, training mode, type and device, what is tied or frozen, the
+eps of a batch norm where it becomes another norm of batches, and every parameter that the new layer
+has in the same shape, as the same object, so that an optimizer made before goes on. A batch norm's
+parameters and statistics go to what means the same: a batch norm, the one inside BCN, BRN's moving
+values; to nothing of MABN's. A norm that computes something else (a subclass with a forward pass of
+its own) is refused. Where the scheme normalizes only at the ends (PWS), the first and the last norm
+become its boundary norms, all others `Identity`, and every convolution gets a bias; the host's
+block order stays.
 """
 
 import warnings
+import weakref
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
@@ -34,10 +37,11 @@ from torch.nn.utils.parametrize import is_parametrized
 from .bcn import BatchChannelNorm2d
 from .brn import BatchRenorm2d
 from .layer import BatchStatisticsNorm
-from .scheme import CONV, Scheme
+from .scheme import Scheme
 from .standardized import StandardizedConv
 
 DIMENSIONS = {nn.BatchNorm1d: 1, nn.BatchNorm2d: 2, nn.BatchNorm3d: 3}
+WRAPPERS = {"DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule"}
 HOOKS = (
     *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
     *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
@@ -47,9 +51,21 @@ HOOKS = (
 )
 
 
-def replace_module(root: nn.Module, name: str, new: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(root.get_submodule(parent), child, new)
+def swap_modules(root: nn.Module, new: dict[nn.Module, nn.Module]) -> None:
+    """Put the `new` layers wherever a module of `root` refers to the old ones: among its children,
+    and in lists, tuples and dictionaries of its own."""
+
+    def swap(value: Any) -> Any:
+        return new.get(value, value) if isinstance(value, nn.Module) else value
+
+    for module in list(root.modules()):
+        for name, value in vars(module).items():
+            if isinstance(value, dict):
+                value.update({k: swap(v) for k, v in value.items() if swap(v) is not v})
+            elif isinstance(value, list):
+                value[:] = map(swap, value)
+            elif type(value) is tuple and any(swap(v) is not v for v in value):
+                vars(module)[name] = tuple(map(swap, value))
 
 
 @dataclass
@@ -82,15 +98,16 @@ class Conversion:
         """Swap the layers in place and return the network; after a `ValueError` of the scheme's
         own check it is as it was."""
         root = nn.ModuleDict({"host": self.host})  # so that the host itself can be a layer to swap
-        for name, new in self.swapped.items():
-            replace_module(root, f"host.{name}".rstrip("."), new)
+        new = {self.layers[name]: layer for name, layer in self.swapped.items()}
+        swap_modules(root, new)
         try:
             if self.scheme.finish:
                 self.scheme.finish(root["host"])
         except ValueError:
-            for name in self.swapped:
-                replace_module(root, f"host.{name}".rstrip("."), self.layers[name])
+            swap_modules(root, {layer: old for old, layer in new.items()})
             raise
+        for name in self.swapped:  # `finish` may have put others there
+            move_hooks(root.get_submodule(f"host.{name}".rstrip(".")), self.layers[name])
         return root["host"]
 
 
@@ -105,6 +122,20 @@ def reuse_parameters(new: nn.Module, old: nn.Module) -> None:
         given = old._parameters.get(name)
         if own is not None and given is not None and given.shape == own.shape and own.requires_grad:
             new._parameters[name] = given
+
+
+def move_hooks(new: nn.Module, old: nn.Module) -> None:
+    """Let what refers to `old`'s hooks, which `new` has by now, find them there."""
+    for name in HOOKS:
+        hooks, own = getattr(old, name, None), getattr(new, name, None)
+        if isinstance(hooks, dict) and isinstance(own, dict):
+            order = dict(own)
+            hooks.clear()
+            hooks.update(order)
+            setattr(new, name, hooks)  # a handle removes its hook from this very dictionary
+            for hook in hooks.values():
+                if getattr(hook, "with_module", False):
+                    hook.module = weakref.ref(new)
 
 
 def copy_attributes(new: nn.Module, old: nn.Module) -> None:
@@ -154,12 +185,13 @@ def _new_norm(old: Any, scheme: Scheme, at_boundary: bool, dim: int) -> nn.Modul
     if hasattr(old, "act"):
         new.add_module("drop", getattr(old, "drop", nn.Identity()))
         new.add_module("act", act)
-        new.register_forward_hook(_activate)
+        new.register_forward_hook(_activate, prepend=True)  # the host's hooks see what it did
     return new
 
 
 def _copy_statistics(new: Any, old: Any) -> None:
-    """A batch norm's running statistics where they mean the same."""
+    """A batch norm's running statistics where they mean the same, and its eps."""
+    new.eps = old.eps
     same = "num_batches_tracked" in new._buffers
     if old.running_mean is None:
         if same:
@@ -172,10 +204,18 @@ def _copy_statistics(new: Any, old: Any) -> None:
     elif "running_mean" in new._buffers:
         new.running_mean.copy_(old.running_mean)
         new.running_var.copy_(old.running_var)
-    if same:
-        new.eps = old.eps
-        if "num_batches_tracked" in old._buffers:
-            new.num_batches_tracked.copy_(old.num_batches_tracked)
+    if same and "num_batches_tracked" in old._buffers:
+        new.num_batches_tracked.copy_(old.num_batches_tracked)
+
+
+def has_own_forward(layer: nn.Module) -> bool:
+    """Whether it may compute something else than PyTorch's layer or ours of its kind."""
+    known = ("torch.nn.modules.", f"{__package__}.", "timm.layers.norm_act")
+    names = ("forward", "_conv_forward")
+    given = [getattr(type(layer), name) for name in names if hasattr(layer, name)]
+    return any(name in vars(layer) for name in names) or not all(
+        getattr(function, "__module__", "").startswith(known) for function in given
+    )
 
 
 def _why_plain(conv: Any) -> str:
@@ -186,7 +226,7 @@ def _why_plain(conv: Any) -> str:
         return "has been converted already"
     if is_parametrized(conv) or "weight" not in conv._parameters:
         return "its weight is computed (parametrized, pruned or normalized): remove that first"
-    if type(conv).forward not in {c.forward for c in CONV.values()}:
+    if has_own_forward(conv):
         return "has a forward pass of its own"
     if conv.padding_mode != "zeros":
         return f"padding_mode={conv.padding_mode}"
@@ -234,14 +274,22 @@ def conversion(module: nn.Module, scheme: Scheme) -> Conversion:
     """What `convert` would swap and leave. Raises `ValueError`, in one line, as `convert` does."""
     host = type(module).__name__
     plan = Conversion(module, scheme)
+    for layer in module.modules():
+        wrapper = WRAPPERS.intersection(cls.__name__ for cls in type(layer).mro())
+        if wrapper:
+            raise ValueError(
+                f"{host}: {wrapper.pop()} has made its lists of parameters and buffers; expected "
+                f"the network as it is before it is wrapped"
+            )
     leaves = [
         (name, x)
         for name, x in plan.layers.items()
         if isinstance(x, _BatchNorm | _ConvNd | BatchChannelNorm2d)  # which may have children
         or not (isinstance(x, nn.Identity) or any(x.children()))
     ]
-    whole = [n for n, x in leaves if isinstance(x, _BatchNorm | _ConvNd | BatchChannelNorm2d)]
-    # such as the activation of timm's norm-act layers, or the parametrization of a weight
+    # such as the activation of timm's norm-act layers; a convolution may hold its own norm
+    whole = [n for n, x in leaves if isinstance(x, _BatchNorm | BatchChannelNorm2d)]
+    whole += [f"{n}.parametrizations" for n, x in leaves if isinstance(x, _ConvNd)]
     inside = tuple(f"{name}." for name in whole if name)
     leaves = [(name, x) for name, x in leaves if not name.startswith(inside)]
 
@@ -267,6 +315,11 @@ def conversion(module: nn.Module, scheme: Scheme) -> Conversion:
                 raise ValueError(
                     f"{name} of {host}: the gain of this {type(layer).__name__} is computed "
                     f"(parametrized or pruned), which no other norm can take; remove that first"
+                )
+            elif has_own_forward(layer):
+                raise ValueError(
+                    f"{name} of {host}: this {type(layer).__name__} has a forward pass of its own, "
+                    f"which no other norm can take; put one of PyTorch's in its place first"
                 )
             else:
                 norms[name], ahead[name] = layer, weighted

@@ -15,6 +15,7 @@ from timm.layers import EvoNorm2dB0
 from torch import Tensor, nn
 
 from . import moments as m
+from .backward import check_vmap
 from .evonorm_s0 import check_acts, without_images
 from .layer import Leaf, settle
 from .scheme import CONV, Scheme, conv, frozen_batch_norm
@@ -40,6 +41,7 @@ class EvoNormB0(Leaf, EvoNorm2dB0):
             return without_images(self, x)
         if not self.training:
             return super().forward(m.promote(x)).to(x.dtype)
+        check_vmap("EvoNormB0", x, self.running_var)
         m.check_variance(x, self.batch_size)
         before = [buffer.clone() for buffer in self.buffers()]
         groups = m.promote(x).chunk(m.count_groups(x, self.batch_size))

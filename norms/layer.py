@@ -1,13 +1,29 @@
 """What every layer that follows the batch does with its state, and what every layer owes PyTorch's
 tools: batch norm's place in the class tree, factory arguments, resets, leaves of `torch.fx`."""
 
+import inspect
 import sys
+import weakref
 from collections import deque
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from threading import get_ident
 from typing import Any, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode_stack
+from torch.utils.checkpoint import (
+    _CachedTorchDispatchMode,
+    _CachingTorchDispatchMode,
+    _CheckpointFrame,
+)
+
+from . import moments as m
+from .backward import check_vmap
+from .scheme import frozen_batch_norm
 
 Numbers = TypeVar("Numbers", bound=tuple[Tensor, ...])
 BATCH_NORM_STATE = ("running_mean", "running_var", "num_batches_tracked")
@@ -32,6 +48,44 @@ def repeated() -> bool:
     """Whether this forward pass runs inside a backward pass: then gradient checkpointing repeats
     one that has been, which moves no state again."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def checkpoint_frame(hooks: Any) -> weakref.ref[_CheckpointFrame] | None:
+    """The region of non-reentrant gradient checkpointing that runs or is repeated, by the hooks
+    that it puts around what autograd saves."""
+    pack: Any = inspect.unwrap(hooks[0]) if hooks else None
+    for cell in getattr(pack, "__closure__", None) or ():
+        value = cell.cell_contents
+        value = value() if isinstance(value, weakref.ref) else value  # while it is repeated
+        if isinstance(value, _CheckpointFrame):
+            return weakref.ref(value)
+    return None
+
+
+def uncounted() -> AbstractContextManager[Any]:
+    """Selective checkpointing counts operations, and those that move state are not repeated."""
+    if not torch.compiler.is_compiling():
+        for mode in _get_current_dispatch_mode_stack():
+            if isinstance(mode, _CachedTorchDispatchMode | _CachingTorchDispatchMode):
+                return _disable_current_modes()
+    return nullcontext()
+
+
+@dataclass(eq=False)
+class Pass:
+    """A forward pass that gradient checkpointing may repeat."""
+
+    statistics: tuple[Tensor, ...]
+    numbers: Any
+    frame: Any
+    with_grad: bool
+    sequence_nr: int  # of the next autograd node
+    thread: int
+    graph: int = -1  # the backward pass that has repeated it
+
+    def had(self, statistics: tuple[Tensor, ...]) -> bool:
+        pairs = list(zip(self.statistics, statistics, strict=True))
+        return all(a.shape == b.shape and a.allclose(b, 1e-3, equal_nan=True) for a, b in pairs)
 
 
 @torch.no_grad()
@@ -89,7 +143,7 @@ class BatchStatisticsNorm(Leaf, nn.BatchNorm2d):
             shape = shapes.get(name, () if counter else (num_features,))
             type_ = torch.int64 if counter else dtype
             self.register_buffer(name, torch.empty(shape, device=device, dtype=type_))
-        self._recent: deque[tuple[tuple[Tensor, ...], Any]] = deque(maxlen=8)
+        self._recent: deque[Pass] = deque(maxlen=64)
         self.reset_parameters()
 
     @property
@@ -133,23 +187,74 @@ class BatchStatisticsNorm(Leaf, nn.BatchNorm2d):
         like = next(self.buffers())
         return like.new_ones(self.num_features), like.new_zeros(self.num_features)
 
+    def forward(self, x: Tensor) -> Tensor:
+        m.check_input(x, self.num_features)
+        if x.shape[0] and (self.training or self.running_mean is None):
+            return self.normalize(x)
+        state = (self.running_mean, self.running_var, self.weight, self.bias)
+        return F.batch_norm(x, *state, training=False, eps=self.eps)
+
+    def normalize(self, x: Tensor) -> Tensor:
+        """What it computes in training."""
+        raise NotImplementedError
+
+    def apply_statistics(self, x: Tensor, mean: Tensor, inverse: Tensor) -> Tensor:
+        """(x - mean) * inverse, by (G, C) numbers, with gain and shift."""
+        weight, bias = self.gain_and_shift()
+        scale = weight * inverse
+        return m.scale_and_shift(x, scale, bias - mean * scale)
+
+    def fold(self) -> nn.Module:
+        """What it computes in evaluation, in PyTorch's own layers: see `norms/fold.py`."""
+        if self.running_mean is None:
+            return self
+        return frozen_batch_norm(self, self.running_mean, self.running_var)
+
     def once(self, update: Callable[..., Numbers], *statistics: Tensor) -> Numbers:
         """`update(*statistics)`, which may move the state; where gradient checkpointing repeats a
-        forward pass, what that pass came to. Raises `RuntimeError` if it is too long ago."""
-        if not repeated():
-            numbers = update(*statistics)
-            transformed = torch._C._functorch.peek_interpreter_stack() is not None
-            if not (torch.compiler.is_compiling() or transformed):
-                self._recent.append((statistics, numbers))
-            return numbers
-        for then, numbers in self._recent:
-            pairs = list(zip(then, statistics, strict=True))
-            if all(a.shape == b.shape and a.allclose(b, 1e-3) for a, b in pairs):
-                return numbers
-        raise RuntimeError(
-            f"{type(self).__name__}: the backward pass repeats a forward pass that is not among "
-            f"this layer's last {self._recent.maxlen}, whose statistics are gone"
-        )
+        forward pass, what that pass came to. Raises `RuntimeError` where it cannot be told."""
+        if (
+            torch.compiler.is_compiling()
+            or torch._C._functorch.peek_interpreter_stack() is not None
+        ):
+            return update(*statistics)
+        gone = [p for p in self._recent if p.frame and p.frame() is None]  # with their graph
+        for p in gone:
+            self._recent.remove(p)
+        hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+        frame, with_grad = checkpoint_frame(hooks), torch.is_grad_enabled()
+        with uncounted():
+            if repeated():
+                first = self.repeats(frame, statistics)
+                numbers, again = first.numbers, frame != first.frame or not with_grad  # if nested
+            else:
+                numbers, again = update(*statistics), True
+        if again and (hooks or not with_grad):  # else it is in no region
+            nr = torch._C._autograd._get_sequence_nr()
+            self._recent.append(Pass(statistics, numbers, frame, with_grad, nr, get_ident()))
+        return numbers
+
+    def repeats(self, frame: Any, statistics: tuple[Tensor, ...]) -> Pass:
+        """The forward pass that is repeated now."""
+        graph, node = torch._C._current_graph_task_id(), torch._C._current_autograd_node()
+        inside = [p for p in self._recent if frame and p.frame == frame]
+        # A reentrant region has no gradients inside, and a node that is made right before it runs.
+        inside = inside or [
+            p for p in self._recent if not p.with_grad and p.sequence_nr > node._sequence_nr()
+        ]
+        if len({p.thread for p in inside}) == 1:  # each thread counts its nodes
+            for p in inside:
+                if p.graph != graph and p.had(statistics):
+                    p.graph = graph
+                    return p
+        same = [p for p in self._recent if p.had(statistics)]
+        pairs = [zip(p.numbers, same[0].numbers, strict=True) for p in same[1:]]
+        if not (same and all(torch.equal(a, b) for pair in pairs for a, b in pair)):
+            raise RuntimeError(
+                f"{type(self).__name__}: the backward pass repeats a forward pass that is "
+                f"{'one of several with these' if same else 'too long ago for its'} statistics"
+            )
+        return same[0]
 
     @torch.no_grad()
     def commit(self, **moved: Tensor) -> None:
@@ -157,11 +262,13 @@ class BatchStatisticsNorm(Leaf, nn.BatchNorm2d):
         batch leaves all as it was, as a loss scaler skips a step."""
         if self.momentum == 0 or repeated():
             return
-        floats = torch.cat([v.flatten() for v in moved.values() if v.is_floating_point()])
-        finite = (floats * 0).sum() == 0  # what is infinite or NaN gives NaN
-        for name, value in moved.items():
-            buffer = getattr(self, name)
-            buffer.copy_(torch.where(finite, value, buffer))
+        with uncounted():
+            floats = torch.cat([v.flatten() for v in moved.values() if v.is_floating_point()])
+            finite = (floats * 0).sum() == 0  # what is infinite or NaN gives NaN
+            for name, value in moved.items():
+                buffer = getattr(self, name)
+                check_vmap(type(self).__name__, value, buffer)
+                buffer.copy_(torch.where(finite, value, buffer))
 
     def __setattr__(self, name: str, value: Any) -> None:
         if value is None and name in BATCH_NORM_STATE and "num_batches_tracked" not in self.state:
@@ -181,3 +288,18 @@ class BatchStatisticsNorm(Leaf, nn.BatchNorm2d):
     def extra_repr(self) -> str:
         given = f"{self.num_features}, batch_size={self.batch_size}, eps={self.eps}"
         return f"{given}, momentum={self.momentum}, affine={self.weight is not None}"
+
+
+class SquareNorm(BatchStatisticsNorm):
+    """One by the mean square: nothing is centred."""
+
+    running_square: Tensor
+    centers = False
+
+    @property
+    def running_mean(self) -> Tensor:  # type: ignore[override]
+        return torch.zeros_like(self.running_square)
+
+    @property
+    def running_var(self) -> Tensor:  # type: ignore[override]
+        return self.running_square

@@ -34,13 +34,12 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import moments as m
 from .backward import check_float16, move_state, state_before, vmap_error
-from .layer import BatchStatisticsNorm
-from .scheme import Scheme, conv, frozen_batch_norm
+from .layer import SquareNorm
+from .scheme import Scheme, conv
 from .standardized import StandardizedConv
 
 
@@ -125,7 +124,7 @@ def gradients_of(
     return [dx, (gain * product).sum(0), total.sum(0)], moved
 
 
-class MABN2d(BatchStatisticsNorm):
+class MABN2d(SquareNorm):
     """MABN over groups of `batch_size` images (None: all of a batch, which then is the window).
 
     Shapes: (N, C, *) -> (N, C, *); in training N must be a multiple of `batch_size`, else
@@ -139,7 +138,6 @@ class MABN2d(BatchStatisticsNorm):
 
     window_square: Tensor
     window_product: Tensor
-    running_square: Tensor
     num_batches_averaged: Tensor
     step_square: Tensor
     batches_in_step: Tensor
@@ -174,11 +172,7 @@ class MABN2d(BatchStatisticsNorm):
         )
         self.warmup, self.version, self.batches_per_step = warmup, version, batches_per_step
 
-    def forward(self, x: Tensor) -> Tensor:
-        m.check_input(x, self.num_features)
-        if not self.training or x.shape[0] == 0:
-            state = (self.running_mean, self.running_square, self.weight, self.bias)
-            return F.batch_norm(x, *state, training=False, eps=self.eps)
+    def normalize(self, x: Tensor) -> Tensor:
         check_float16("MABN2d", x)
         groups = m.count_groups(x, self.batch_size)
         square = m.sum_groups(m.mean_square(x.detach()), groups) * (groups / x.shape[0])
@@ -192,30 +186,27 @@ class MABN2d(BatchStatisticsNorm):
     def update(self, square: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """From chi of every group to r / sqrt(chi_bar + eps) and 1 / sqrt(chi_bar + eps), (G, C),
         and which groups use their own values, (G, 1); and the move of the forward state."""
-        chi, running, renorm, use_batch = (
-            self.imagenet if self.version == "imagenet" else self.release
-        )(square, self.num_batches_averaged)
+        version = self.imagenet if self.version == "imagenet" else self.release
+        chi, running, renorm, use_batch, moved = version(square, self.num_batches_averaged)
         root = torch.sqrt(chi + self.eps)
         r = (root / torch.sqrt(running + self.eps)).clamp(1 / 5, 5)
-        return torch.where(renorm, r, 1.0) / root, 1 / root, use_batch
+        gain = torch.where(renorm, r, 1.0) / root
+        self.commit(**moved, num_batches_averaged=self.num_batches_averaged + len(square))
+        return gain, 1 / root, use_batch
 
-    def release(self, square: Tensor, count: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """chi_bar, chi_run before each group, whether renorm (r) is active and whether the group
-        uses its own values."""
+    def release(self, square: Tensor, count: Tensor) -> tuple[Any, ...]:
+        """chi_bar, chi_run before each group, whether renorm (r) is active, whether the group uses
+        its own values, and the state as it moves."""
         step = count + torch.arange(1, len(square) + 1, device=square.device)[:, None]
         use_batch = step < max(len(self.window_square) + 1, self.warmup)
         chi, window = window_means(self.window_square, square, use_batch)
         before, after = m.moving_average(len(chi), self.momentum, count)(self.running_square, chi)
-        self.commit(
-            running_square=after[-1],
-            window_square=window,
-            num_batches_averaged=count + len(square),
-        )
-        return chi, before, step > max(1000, self.warmup), use_batch
+        moved = dict(running_square=after[-1], window_square=window)
+        return chi, before, step > max(1000, self.warmup), use_batch, moved
 
-    def imagenet(self, square: Tensor, count: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def imagenet(self, square: Tensor, count: Tensor) -> tuple[Any, ...]:
         """The same in the other version."""
-        steps, running = self.num_steps, self.running_square.clone()
+        steps, running = self.num_steps, self.running_square
         use_batch = (count - self.batches_in_step < len(self.window_square)).expand(len(square), 1)
         chi, window = window_means(self.window_square, square, use_batch)
         total, inside = self.step_square + chi.sum(0), self.batches_in_step + len(square)
@@ -224,29 +215,14 @@ class MABN2d(BatchStatisticsNorm):
         _, moved = m.moving_average(1, self.momentum, steps)(running, mean[None])
         moved = torch.where(steps == 0, mean, moved[0])
         renorm = (steps + 1 >= self.warmup).expand_as(use_batch)
-        self.commit(
+        state = dict(
             running_square=torch.where(ends, moved, running),
             window_square=window,
             step_square=torch.where(ends, 0.0, total),
             batches_in_step=torch.where(ends, 0, inside),
             num_steps=steps + ends,
-            num_batches_averaged=count + len(square),
         )
-        return chi, running[None], renorm, use_batch
-
-    centers = False
-
-    @property
-    def running_mean(self) -> Tensor:  # type: ignore[override]  # nothing is centred
-        return torch.zeros_like(self.running_square)
-
-    @property
-    def running_var(self) -> Tensor:  # type: ignore[override]
-        return self.running_square
-
-    def fold(self) -> nn.Module:
-        """What it computes in evaluation, in PyTorch's own layers: see `norms/fold.py`."""
-        return frozen_batch_norm(self, None, self.running_square)
+        return chi, running[None], renorm, use_batch, state
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # A window of another batch size has another length: each of its new rows is its mean, so

@@ -19,12 +19,11 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import moments as m
 from .layer import BatchStatisticsNorm
-from .scheme import CONV, Scheme, conv, frozen_batch_norm
+from .scheme import CONV, Scheme, conv
 
 
 class MemorizedBatchNorm2d(BatchStatisticsNorm):
@@ -64,11 +63,7 @@ class MemorizedBatchNorm2d(BatchStatisticsNorm):
         self.eta, self.lam, self.lam_until = eta, tuple(lam), tuple(lam_until)
         self.batches_per_step, self.recording = batches_per_step, False
 
-    def forward(self, x: Tensor) -> Tensor:
-        m.check_input(x, self.num_features)
-        if not self.training or x.shape[0] == 0:
-            state = (self.running_mean, self.running_var, self.weight, self.bias)
-            return F.batch_norm(x, *state, training=False, eps=self.eps)
+    def normalize(self, x: Tensor) -> Tensor:
         m.check_variance(x, self.batch_size)
         mean, var = m.pool_images(*m.moments(x), self.batch_size)
         positions = float(x.numel() // (len(mean) * x.shape[1]))
@@ -84,11 +79,7 @@ class MemorizedBatchNorm2d(BatchStatisticsNorm):
         var = (1 - part) * (past_var + (past_mean - both).square()) + part * (
             var + (mean - both).square()
         )
-        mean = both
-        weight, bias = self.gain_and_shift()
-        scale = weight * torch.rsqrt(var + self.eps)
-        shift = bias - mean * scale
-        return m.scale_and_shift(x, scale, shift)
+        return self.apply_statistics(x, both, torch.rsqrt(var + self.eps))
 
     def decay(self) -> Tensor:
         """eta^(k - i), (k, 1)."""
@@ -143,10 +134,6 @@ class MemorizedBatchNorm2d(BatchStatisticsNorm):
     @property
     def running_var(self) -> Tensor:  # type: ignore[override]
         return self.remembered()[1]
-
-    def fold(self) -> nn.Module:
-        """What it computes in evaluation, in PyTorch's own layers: see `norms/fold.py`."""
-        return frozen_batch_norm(self, *self.remembered())
 
 
 @contextmanager

@@ -134,8 +134,10 @@ def moving_average(groups: int, rate: float | None, count: Tensor) -> Average:
 
     One product with a triangular matrix instead of G steps, in float64, so that groups in one pass
     give what they give one by one. A rate of None is 1 / k at the k-th update, which makes it the
-    mean of all values; `count` updates went before.
+    mean of all values; `count` updates went before. Of one group, what is before is `start` itself.
     """
+    if groups == 1 and rate is not None:
+        return lambda start, v: (start[None], torch.lerp(start[None].to(v.dtype), v, rate))
     steps = torch.arange(groups + 1, device=count.device)
     if rate is None:
         divisor = (count + steps).clamp(min=1)[:, None]
@@ -152,8 +154,6 @@ def moving_average(groups: int, rate: float | None, count: Tensor) -> Average:
     weights[:, 1:] *= rate
 
     def average(start: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        if groups == 1:
-            return start.clone()[None], ((1 - rate) * start + rate * values[0])[None]
         moved = weights @ torch.cat([start[None].to(values.dtype), values]).double()
         moved = moved.to(values.dtype)
         return moved[:-1], moved[1:]

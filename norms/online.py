@@ -20,6 +20,7 @@ All of it is linear in x and dL/dy, image by image: what crosses images are numb
 backward pass is not the derivative of the forward one.
 """
 
+import sys
 from functools import partial
 from typing import Any, Literal
 
@@ -30,7 +31,7 @@ from torch import Tensor, nn
 from . import moments as m
 from .backward import check_float16, move_state, state_before, vmap_error
 from .layer import BatchStatisticsNorm
-from .scheme import CONV, Scheme, conv, frozen_batch_norm
+from .scheme import CONV, Scheme, conv
 
 COMPENSATIONS = ("layer_scaling", "clamp", "none")
 BOUND = 5.0  # of the clamp
@@ -101,8 +102,10 @@ class LayerScaling(nn.Module):
         self.eps = eps
 
     def forward(self, y: Tensor) -> Tensor:
-        square = m.promote(y).square().flatten(1).mean(1, keepdim=True)
-        return y * m.over_maps(torch.rsqrt(square + self.eps), y).to(y.dtype)
+        scale = torch.rsqrt(m.promote(y).square().flatten(1).mean(1) + self.eps)
+        return y * scale.view([-1] + [1] * (y.dim() - 1)).to(
+            y.dtype
+        )  # as torch.jit.script reads it
 
     def extra_repr(self) -> str:
         return f"eps={self.eps}"
@@ -148,17 +151,15 @@ class OnlineNorm2d(BatchStatisticsNorm):
         self.behind = "" if compensation == "none" else compensation.replace("_", " ")
 
     def forward(self, x: Tensor) -> Tensor:
-        m.check_input(x, self.num_features)
-        if not self.training or x.shape[0] == 0:
-            state = (self.running_mean, self.running_var, self.weight, self.bias)
-            return self.compensate(F.batch_norm(x, *state, training=False, eps=self.eps))
+        return self.compensate(super().forward(x))
+
+    def normalize(self, x: Tensor) -> Tensor:
         check_float16("OnlineNorm2d", x)
         numbers = self.once(self.update, *m.moments(x.detach()))
-        y = _Online.apply(
+        return _Online.apply(
             x, *self.gain_and_shift(), *numbers, self.gradient_mean, self.gradient_product,
             self.alpha_backward, self.momentum == 0,
         )  # fmt: skip
-        return self.compensate(y)
 
     @torch.no_grad()
     def update(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -172,12 +173,26 @@ class OnlineNorm2d(BatchStatisticsNorm):
             old = 1 - 1 / (count + torch.arange(1, len(mean) + 1, device=mean.device)[:, None])
         values = var + old * (mean - before).square()
         v_before, v_after = average(self.running_var, values)
+        before, inverse = before.clone(), torch.rsqrt(v_before + self.eps)
         self.commit(
             running_mean=after[-1],
             running_var=v_after[-1],
             num_images_normalized=count + len(mean),
         )
-        return before.clone(), torch.rsqrt(v_before + self.eps), mean, var
+        return before, inverse, mean, var
+
+    def __getattr__(self, name: str) -> Any:
+        if (
+            name == "running_var"
+            and self.behind
+            and not torch.compiler.is_compiling()
+            and sys._getframe(1).f_code.co_name == "fuse_conv_bn_eval"
+        ):
+            raise ValueError(
+                f"OnlineNorm2d: a convolution cannot take its {self.behind}; expected "
+                f"smallbatch.fold(network), which keeps it behind"
+            )
+        return super().__getattr__(name)
 
     def compensate(self, y: Tensor) -> Tensor:
         if self.compensation == "layer_scaling":
@@ -187,10 +202,9 @@ class OnlineNorm2d(BatchStatisticsNorm):
     def fold(self) -> nn.Module:
         """What it computes in evaluation, in PyTorch's own layers: see `norms/fold.py`."""
         behind = {"layer_scaling": LayerScaling(self.eps), "clamp": nn.Hardtanh(-BOUND, BOUND)}
-        frozen = frozen_batch_norm(self, self.running_mean, self.running_var)
         if self.compensation == "none":
-            return frozen
-        return nn.Sequential(frozen, behind[self.compensation])
+            return super().fold()
+        return nn.Sequential(super().fold(), behind[self.compensation])
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, compensation={self.compensation}"

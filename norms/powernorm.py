@@ -19,13 +19,12 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import moments as m
 from .backward import check_float16, move_state, state_before, vmap_error
-from .layer import BatchStatisticsNorm
-from .scheme import CONV, Scheme, conv, frozen_batch_norm
+from .layer import SquareNorm
+from .scheme import CONV, Scheme, conv
 
 
 class _PowerNorm(torch.autograd.Function):
@@ -79,7 +78,7 @@ def gradients_of(
     return [(dy * a + x * b).to(x.dtype), product.sum(0), total.sum(0)], gamma
 
 
-class PowerNorm2d(BatchStatisticsNorm):
+class PowerNorm2d(SquareNorm):
     """PowerNorm over groups of `batch_size` images (None: all of a batch).
 
     Shapes: (N, C, *) -> (N, C, *); in training N must be a multiple of `batch_size`. `warmup`
@@ -88,7 +87,6 @@ class PowerNorm2d(BatchStatisticsNorm):
     """
 
     state = {"running_square": 1.0, "gradient_product": 0.0, "num_batches_averaged": 0}
-    running_square: Tensor  # phi
     gradient_product: Tensor  # Gamma
     num_batches_averaged: Tensor
 
@@ -107,11 +105,7 @@ class PowerNorm2d(BatchStatisticsNorm):
         super().__init__(num_features, batch_size, eps, 1 - alpha_forward, affine, device, dtype)
         self.alpha_backward, self.warmup = alpha_backward, warmup
 
-    def forward(self, x: Tensor) -> Tensor:
-        m.check_input(x, self.num_features)
-        if not self.training or x.shape[0] == 0:
-            state = (self.running_mean, self.running_square, self.weight, self.bias)
-            return F.batch_norm(x, *state, training=False, eps=self.eps)
+    def normalize(self, x: Tensor) -> Tensor:
         check_float16("PowerNorm2d", x)
         groups = m.count_groups(x, self.batch_size)
         square = m.sum_groups(m.mean_square(x.detach()), groups) * (groups / x.shape[0])
@@ -140,20 +134,6 @@ class PowerNorm2d(BatchStatisticsNorm):
         inverse = torch.rsqrt(square + self.eps)
         self.commit(running_square=phi, num_batches_averaged=count + len(square))
         return torch.where(step <= self.warmup, inverse, by_phi), inverse, square
-
-    centers = False
-
-    @property
-    def running_mean(self) -> Tensor:  # type: ignore[override]  # nothing is centred
-        return torch.zeros_like(self.running_square)
-
-    @property
-    def running_var(self) -> Tensor:  # type: ignore[override]
-        return self.running_square
-
-    def fold(self) -> nn.Module:
-        """What it computes in evaluation, in PyTorch's own layers: see `norms/fold.py`."""
-        return frozen_batch_norm(self, None, self.running_square)
 
 
 def scheme(

@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import moments as m
-from .layer import Leaf, settle
-from .scheme import CONV, Scheme, conv, frozen_batch_norm
+from .backward import check_vmap
+from .layer import BatchStatisticsNorm, Leaf, settle
+from .scheme import CONV, Scheme, conv
 
 
 class SyncBatchNorm2d(Leaf, nn.SyncBatchNorm):
@@ -33,6 +34,7 @@ class SyncBatchNorm2d(Leaf, nn.SyncBatchNorm):
         m.check_input(input, self.num_features)
         if not self.training:
             return super().forward(input)
+        check_vmap("SyncBatchNorm2d", input, self.running_mean)
         if input.shape[0] and self.batch_size not in (None, input.shape[0]):
             raise ValueError(
                 f"norm=sync_bn: a forward pass of {input.shape[0]} images with batch="
@@ -57,11 +59,7 @@ class SyncBatchNorm2d(Leaf, nn.SyncBatchNorm):
         finally:  # gradient checkpointing ends a repeated pass by an error
             settle(self, before)
 
-    def fold(self) -> nn.Module:
-        """What it computes in evaluation, in PyTorch's own layers: see `norms/fold.py`."""
-        if self.running_mean is None:
-            return self
-        return frozen_batch_norm(self, self.running_mean, self.running_var)
+    fold = BatchStatisticsNorm.fold
 
 
 def scheme(batch_size: int | None = None, eps: float = 1e-5, momentum: float = 0.1) -> Scheme:

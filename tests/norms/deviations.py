@@ -25,6 +25,8 @@ STATE = {  # buffer of the layer: attribute of the literal form
     "moving_mean": "mean",
     "moving_std": "std",
     "running_square": "running",
+    "moving_means": "means",
+    "moving_vars": "vars",
 }
 
 
@@ -81,18 +83,45 @@ def imagenet(reference, x, dy, parameters):
     return torch.cat(y).detach(), torch.cat(dx).detach()
 
 
-def norm_row(name, variant, layer, reference, state, run=one_by_one) -> list[str]:
+def move_weights(layer, x) -> None:
+    with torch.no_grad():
+        for p in layer.parameters():
+            p += 0.1 * torch.randn_like(p)
+
+
+class Memory:
+    """MBN's literal form, which remembers what passes a second time, after the weights moved."""
+
+    def __init__(self, scheme):
+        self.scheme, self.literal = scheme, literal.MBN(5, 0.9)
+
+    def __call__(self, *args):
+        return self.literal(*args, lam=0.5)
+
+    def after(self, layer, x):
+        move_weights(layer, x)
+        with torch.no_grad(), self.scheme.second_pass(layer):
+            layer(x)
+            for part in x.split(SIZE):
+                self.literal(part, layer.weight, layer.bias, 0.5, record=True)
+        means, variances, _ = zip(*self.literal.memory, strict=True)
+        self.means, self.vars = torch.stack(means), torch.stack(variances)
+
+
+def norm_row(
+    name, variant, layer, reference, state, run=one_by_one, after=None, channels=CHANNELS
+) -> list[str]:
     torch.manual_seed(0)
     with torch.no_grad():
         for p in layer.parameters():
             p += 0.5 * torch.randn_like(p)
     forward, gradient = [], []
     for _ in range(STEPS):
-        x = torch.randn(GROUPS * SIZE, CHANNELS, 5, 3) * 2 + 0.5
-        dy = torch.randn_like(x)
+        x = torch.randn(GROUPS * SIZE, channels, 5, 3) * 2 + 0.5
         own = x.clone().requires_grad_()
         layer.zero_grad()
         y = layer(own)
+        dy = torch.randn_like(y)
         y.backward(dy)
         parameters = [
             p.detach().clone().requires_grad_(p.requires_grad) for p in layer.parameters()
@@ -105,6 +134,8 @@ def norm_row(name, variant, layer, reference, state, run=one_by_one) -> list[str
             for p, q in zip(layer.parameters(), parameters, strict=True)
             if p.requires_grad
         ]
+        if after:
+            after(layer, x)
     moved = [
         relative(value, getattr(state, STATE[key.rpartition(".")[2]]))
         for key, value in layer.named_buffers()
@@ -168,6 +199,12 @@ def rows() -> list[list[str]]:
     online = literal.Online(CHANNELS, 0.9, 0.8)
     power = literal.PowerNorm(CHANNELS, 0.9, 0.8, 12)
     b0 = literal.EvoNormB0(CHANNELS)
+    cross = norms.build("cbn", batch_size=SIZE, window=3, burn_in=2)
+    pair = nn.Sequential(cross.conv(4, CHANNELS, 3, padding=1), cross.norm(CHANNELS))
+    cross.finish(pair)
+    cbn = literal.CBN(CHANNELS, window=3, burn_in=2)
+    memorized = norms.build("mbn", batch_size=SIZE, size=5)
+    memory = Memory(memorized)
     window = dict(moving_average_batch_size=8, momentum=0.9)
     return [
         norm_row("bn", "", build("bn"), bn, bn),
@@ -186,6 +223,10 @@ def rows() -> list[list[str]]:
                  steps, steps, imagenet),
         norm_row("online", "without compensation",
                  build("online", **stream, compensation="none"), ByHand(online), online),
+        norm_row("cbn", "behind its convolution, weights move", pair, partial(cbn, padding=1), cbn,
+                 after=move_weights, channels=4),
+        norm_row("mbn", "second pass, weights move", memorized.norm(CHANNELS), memory, memory,
+                 after=memory.after),
         norm_row("powernorm", "", build("powernorm", **stream, warmup=12), ByHand(power), power),
         norm_row("frn", "with threshold, timm", build("frn", act=True), literal.frn, None),
         norm_row("evonorm_s0", "timm", build("evonorm_s0", act=True, groups=4),

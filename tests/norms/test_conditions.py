@@ -19,7 +19,11 @@ from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.func import functional_call, grad, jacfwd, jacrev, jvp, stack_module_state, vjp, vmap
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import swa_utils
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 from torchvision.models.feature_extraction import create_feature_extractor
 
 import norms
@@ -62,14 +66,15 @@ def images(name, batch, size=6, **options):
     return torch.randn(batch * (1 if name == "sync_bn" else 2), 4, size, size, **options)
 
 
-def step(layer, x):
-    """Output and all gradients of one training step."""
-    layer.zero_grad()
+def step(layer, x, owner=None):
+    """Output and all gradients of one training step; `layer` may be a function of its `owner`."""
+    owner = owner or layer
+    owner.zero_grad()
     x = x.clone(memory_format=torch.preserve_format).requires_grad_()
     y = layer(x)
     weights = torch.linspace(-1, 1, y.numel(), dtype=torch.float32).reshape(y.shape)
     (y.float() * weights).sum().backward()
-    return [y, x.grad, *(p.grad for p in layer.parameters() if p.requires_grad)]
+    return [y, x.grad, *(p.grad for p in owner.parameters() if p.requires_grad)]
 
 
 def same(a, b, **tolerance):
@@ -321,6 +326,22 @@ def test_torch_func(name, as_default):
         torch.testing.assert_close(together, torch.stack([net(x) for net in two]))
 
 
+@pytest.mark.parametrize("name", sorted({*MOVING, "sync_bn", "evonorm_b0"}))
+def test_vmap_over_one_state_is_one_line(name):
+    layer, x = Pair(name, 2), torch.stack([images(name, 2)] * 3)
+    parameters = dict(layer.named_parameters())
+
+    def loss(parameters, x):
+        return functional_call(layer, parameters, (x,)).sum()
+
+    if name != "mbn":  # whose memory moves in the second pass alone
+        for call in (lambda: vmap(layer)(x), lambda: vmap(grad(loss), (None, 0))(parameters, x)):
+            with pytest.raises(
+                RuntimeError, match=r"^\w+: in training its statistics .* torch.vmap"
+            ):
+                call()
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_functional_call_in_training(name):
     """It moves the buffers that it is given, also inside `torch.func.grad`, as a step moves the
@@ -546,13 +567,65 @@ def test_gradient_checkpointing(name, reentrant):
         assert equal(state_of(plain), state_of(repeated))
 
 
-def test_a_repeated_pass_that_is_too_long_ago_is_refused():
-    layer = norms.MABN2d(4, 2)
-    x = torch.randn(2, 4, 3, 3, requires_grad=True)
-    y = checkpoint(layer, x, use_reentrant=False)
-    for _ in range(8):
-        layer(torch.randn(2, 4, 3, 3))
-    with pytest.raises(RuntimeError, match=r"^MABN2d: the backward pass repeats a forward pass"):
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("name", ["bcn estimated", "brn", "cbn", "mabn", "online", "powernorm"])
+def test_gradient_checkpointing_of_equal_batches(name, reentrant, as_default):
+    """The same images in other forward passes, in one region and in several, step after step, and
+    after a batch that is not finite: each pass is repeated with the state that it had met."""
+    run = functools.partial(checkpoint, use_reentrant=reentrant)
+    plain, repeated = trained(name), trained(name)
+    x, w = images(name, 2), torch.randn(3, 4, 8, 4, 4)
+    results = []
+    for net, call in ((plain, lambda f, *x: f(*x)), (repeated, run)):
+
+        def pair(a, b, net=net):
+            return net(a).sin(), net(b).sin()
+
+        call(net, torch.full_like(x, torch.inf).requires_grad_()).sum().backward()
+        net.zero_grad()
+        given = []
+        for _ in range(2):
+            given += [x.clone().requires_grad_() for _ in range(3)]
+            ys = [*call(pair, *given[-3:-1]), call(net, given[-1])]
+            sum((y * v).sum() for y, v in zip(ys, w, strict=True)).backward()
+        results.append([t.grad for t in (*given, *net.parameters()) if t.requires_grad])
+    same(*results)
+    assert equal(state_of(plain), state_of(repeated))
+
+
+@pytest.mark.parametrize("name", ["bn", "bcn estimated", "brn", "cbn", "mabn", "online"])
+def test_selective_checkpointing(name, as_default):
+    """Which keeps the results of some operations, by their count, and repeats the others."""
+    kept = (torch.ops.aten.mul.Tensor, torch.ops.aten.cat.default, torch.ops.aten.sum.dim_IntList)
+
+    def policy(context, operation, *args, **kwargs):
+        save, repeat = CheckpointPolicy.MUST_SAVE, CheckpointPolicy.PREFER_RECOMPUTE
+        return save if operation in kept else repeat
+
+    contexts = functools.partial(create_selective_checkpoint_contexts, policy)
+    run = functools.partial(checkpoint, use_reentrant=False, context_fn=contexts)
+    plain, repeated, x = trained(name), trained(name), images(name, 2)
+    for _ in range(2):
+        same(step(plain, x), step(functools.partial(run, repeated), x, repeated))
+    assert equal(state_of(plain), state_of(repeated))
+
+
+def test_a_repeated_pass_that_cannot_be_told_is_refused():
+    layer, x = norms.MABN2d(4, 2), torch.randn(2, 4, 3, 3, requires_grad=True)
+    y = checkpoint(layer, x, use_reentrant=True)
+    with torch.no_grad():
+        for _ in range(64):
+            layer(torch.randn(2, 4, 3, 3))
+    with pytest.raises(RuntimeError, match=r"^MABN2d: the backward .* too long ago for its stat"):
+        y.sum().backward()
+
+    def inner(x):
+        return checkpoint(layer, x, use_reentrant=False) + checkpoint(layer, x, use_reentrant=False)
+
+    layer.warmup = 0
+    for _ in range(2):
+        y = checkpoint(inner, x, use_reentrant=False)
+    with pytest.raises(RuntimeError, match=r"^MABN2d: .* one of several with these statistics$"):
         y.sum().backward()
 
 

@@ -564,3 +564,119 @@ def test_tools_that_would_lose_an_activation_are_refused(name):
         network = norms.convert(Activated(), norms.build(name))
         with pytest.raises(ValueError, match=f"{tool.__name__} would lose the activation of"):
             tool(network)
+
+
+# --- what a host may be
+
+
+@pytest.mark.parametrize("name", ["bcn", "brn", "cbn", "mabn", "mbn", "online", "powernorm"])
+def test_eps_stays(name):
+    norm = norms.convert(pair(eps=1e-2), scheme(name))[1]
+    assert getattr(norm, "bn", norm).eps == 1e-2
+
+
+@pytest.mark.parametrize("name", ["bcn", "brn", "cbn", "online"])
+def test_eps_is_part_of_the_statistics(name):
+    host = pair(eps=1e-2)
+    host(torch.randn(8, 3, 7, 7) / 9)
+    plain, x = copy.deepcopy(host).eval(), torch.randn(2, 8, 5, 5) / 9
+    norm = norms.convert(
+        host.eval(), scheme(name, **{"online": {"compensation": "none"}}.get(name, {}))
+    )[1]
+    torch.testing.assert_close(getattr(norm, "bn", norm)(x), plain[1](x), rtol=1e-4, atol=1e-4)
+
+
+class Doubled(nn.BatchNorm2d):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def test_a_norm_with_a_forward_pass_of_its_own_is_refused():
+    patched = pair()
+    patched[1].forward = lambda x: 2 * x
+    own = pair()
+    own[1] = Doubled(8)
+    for host, kind in ((patched, "BatchNorm2d"), (own, "Doubled")):
+        layers = list(host)
+        with pytest.raises(ValueError, match=rf"^1 of Sequential: this {kind} has a forward pass"):
+            norms.convert(host, scheme("bn"))
+        assert list(host) == layers
+
+
+class ConvNorm(nn.Conv2d):
+    """As detectron2's: the norm inside the convolution."""
+
+    def __init__(self, *args, norm, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.norm = norm
+
+    def forward(self, x):
+        return self.norm(super().forward(x))
+
+
+def test_a_convolution_with_a_forward_pass_of_its_own_stays():
+    """Patched on the layer, or with its norm inside, which is swapped."""
+    patched = pair()
+    patched[0].forward = patched[0].forward
+    inside = nn.Sequential(ConvNorm(3, 8, 3, norm=nn.BatchNorm2d(8)), *list(pair())[3:])
+    for host, kind in ((patched, nn.Conv2d), (inside, ConvNorm)):
+        with pytest.raises(ValueError, match=r"1 of 2 norms .*\(0: has a forward pass of its own"):
+            norms.convert(host, scheme("mabn"))
+        with pytest.warns(UserWarning, match=r"\(0: has a forward pass of its own"):
+            norms.convert(host, scheme("ws_gn"))
+        assert type(host[0]) is kind
+        assert not any(isinstance(m, nn.BatchNorm2d) for m in host.modules())
+
+
+def test_handles_remove_hooks_and_loading_hooks_know_the_new_layer():
+    host, calls = pair(), []
+    handles = [layer.register_forward_hook(lambda *args: calls.append(1)) for layer in host]
+    host[1].register_load_state_dict_pre_hook(lambda module, *args: calls.append(module))
+    network = norms.convert(host, scheme("mabn"))
+    network.load_state_dict(network.state_dict())
+    assert calls == [network[1]]
+    for handle in handles:
+        handle.remove()
+    network(torch.randn(2, 3, 7, 7))
+    assert calls == [network[1]]
+
+
+def test_hooks_of_a_norm_with_activation_see_what_it_activated():
+    host, seen = Activated(), []
+    host[1].register_forward_hook(lambda module, inputs, output: seen.append(output))
+    x = torch.randn(2, 3, 9, 9)
+    host.eval()(x)
+    norms.convert(host, norms.build("bn"))(x)
+    torch.testing.assert_close(*seen)
+
+
+def test_a_wrapped_network_is_refused():
+    """Which would not know new parameters."""
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+    )
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(pair())
+        with pytest.raises(ValueError, match=r"^DistributedDataParallel: .* before it is wrapped$"):
+            norms.convert(wrapped, scheme("pws"))
+    finally:
+        torch.distributed.destroy_process_group()
+    norms.convert(nn.DataParallel(pair()), scheme("pws"))  # which looks anew each time
+
+
+def test_lists_of_layers_have_the_new_ones():
+    """As detectron2's pyramids, which keep their convolutions in a list in reverse as well."""
+
+    class Net(nn.Sequential):
+        def forward(self, x):
+            return self.last[0](self.ends["norm"](self.layers[0](x)))
+
+    host = Net(*pair(bias=True))
+    host.layers, host.ends, host.last = list(host), {"norm": host[1]}, (host[2],)
+    with pytest.raises(ValueError, match=r"norm=evonorm_b0: is norm and activation in one"):
+        norms.convert(host, norms.build("evonorm_b0"))
+    assert host.layers == list(host)
+    norms.convert(host, scheme("mabn"))
+    assert host.layers == list(host)
+    assert host.ends["norm"] is host[1]
+    assert type(host[1]) is norms.MABN2d

@@ -1,6 +1,7 @@
 """The folded network computes the same, and what can be folded is gone."""
 
 import pytest
+import timm
 import torch
 import torchvision
 from torch import nn
@@ -173,3 +174,158 @@ def test_features_behind_a_linear_layer(as_default):
     net(torch.randn(8, 3) + 2)
     folded, x = norms.fold(net), torch.randn(8, 3)
     torch.testing.assert_close(folded(x), net.eval()(x))
+
+
+# --- What cannot be shown to compute the same
+
+
+class Pair(nn.Module):
+    """A convolution and the norm behind it, in evaluation, with statistics that are not 0 and 1."""
+
+    def __init__(self, conv=None, norm=None):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv = conv or nn.Conv2d(4, 4, 3, padding=1)
+        self.norm = norm or nn.BatchNorm2d(4)
+        self.norm(torch.randn(4, 4, 5, 5) * 3 + 2)
+        self.eval()
+
+    def forward(self, x):
+        return self.norm(self.conv(x))
+
+
+class WeightsRead(Pair):
+    def forward(self, x):
+        return super().forward(x) + nn.functional.conv2d(x, self.conv.weight, padding=1)
+
+
+class Elsewhere(nn.Module):
+    """Without children, and yet with another module's convolution."""
+
+    def __init__(self, conv):
+        super().__init__()
+        self.held = (conv,)
+
+    def forward(self, x):
+        return self.held[0](x)
+
+
+class CalledElsewhere(Pair):
+    def __init__(self):
+        super().__init__()
+        self.other = Elsewhere(self.conv)
+
+    def forward(self, x):
+        return super().forward(x) + self.other(x)
+
+
+class InHookedBlock(Pair):
+    def __init__(self):
+        super().__init__()
+        self.block = nn.Sequential(self.conv, nn.ReLU())
+        self.block.register_forward_hook(lambda module, inputs, output: 2 * output)
+
+    def forward(self, x):
+        return super().forward(x) + self.block(x)
+
+
+class FromList(Pair):
+    """Through a list of its own, which is no `nn.ModuleList`."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = [self.conv]
+
+    def forward(self, x):
+        return self.norm(self.layers[0](x))
+
+
+class OfTensors(Pair):
+    def forward(self, x):
+        y = super().forward(x)
+        return y + self.conv(x) if isinstance(x, torch.Tensor) else y
+
+
+class Tripled(nn.BatchNorm2d):
+    def forward(self, x):
+        return 3 * super().forward(x)
+
+
+class TripledMABN(norms.MABN2d):
+    def forward(self, x):
+        return 3 * super().forward(x)
+
+
+class Patched(Pair):
+    def __init__(self):
+        super().__init__()
+        self.norm.forward = lambda x: 3 * x
+
+
+class Folds(Pair):
+    def __init__(self):
+        super().__init__()
+        self.fold = nn.Fold((8, 8), (1, 1))
+
+    def forward(self, x):
+        return self.fold(super().forward(x).flatten(2))
+
+
+MERGED = {FromList, Folds}
+SILENT = {*MERGED, CalledElsewhere, InHookedBlock, OfTensors}  # two uses of a layer are no surprise
+HARD = {
+    "weights of a standardized convolution": lambda: WeightsRead(
+        norms.CenteredConv2d(4, 4, 3, padding=1)
+    ),
+    "standardized by timm": lambda: Pair(timm.layers.StdConv2d(4, 4, 3, padding=1)),
+    "scaled by timm": lambda: Pair(timm.layers.ScaledStdConv2d(4, 4, 3, padding=1)),
+    "a norm's subclass": lambda: Pair(norm=Tripled(4)),
+    "our subclass": lambda: Pair(norm=TripledMABN(4)),
+} | {
+    cls.__name__: cls
+    for cls in (
+        WeightsRead, CalledElsewhere, InHookedBlock, FromList, OfTensors, Patched, Folds
+    )
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HARD)
+def test_what_cannot_be_shown_stays(name, as_default):
+    network = HARD[name]()
+    if type(network) in SILENT:
+        folded = norms.fold(network)
+    else:
+        with pytest.warns(UserWarning, match=r"^fold: not merged into convolutions: 1 \(norm: "):
+            folded = norms.fold(network)
+    assert isinstance(folded.norm, nn.Identity) == (type(network) in MERGED)
+    x = torch.randn(2, 4, 8, 8)
+    torch.testing.assert_close(folded(x), network(x))
+
+
+def test_an_output_that_is_kept_is_not_merged(as_default):
+    class Keeps(Pair):
+        def forward(self, x):
+            self.features = self.conv(x)
+            return self.norm(self.features)
+
+    network, x = Keeps(), torch.randn(2, 4, 8, 8)
+    with pytest.warns(UserWarning, match="an output of the convolution that is kept"):
+        folded = norms.fold(network)
+    torch.testing.assert_close(folded(x), network(x))
+    torch.testing.assert_close(folded.features, network.features)
+
+
+def test_an_error_that_a_network_goes_on_after_is_told(as_default):
+    class TriesToBranch(Pair):
+        def forward(self, x):
+            try:
+                if x.sum() < 1e9:
+                    return super().forward(x) + self.conv(x)
+            except Exception:
+                pass
+            return super().forward(x)
+
+    x = torch.randn(2, 4, 8, 8)
+    with pytest.warns(UserWarning, match="TriesToBranch cannot be traced"):
+        folded = norms.fold(TriesToBranch())
+    torch.testing.assert_close(folded(x), TriesToBranch()(x))

@@ -2,12 +2,15 @@
 
 import copy
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from norms import (
     BatchChannelNorm2d,
@@ -21,9 +24,11 @@ from norms import (
     PWSConv2d,
     WSConv2d,
     build,
+    fold,
     names,
 )
 from norms.gn import fit_groups
+from norms.moments import moving_average
 from norms.nf import ScaledWSConv2d
 from tests.norms import literal
 
@@ -66,6 +71,23 @@ def compare(layer, reference, groups, size, channels, steps, maps=(3, 5), tolera
         for p1, p2 in zip(layer.parameters(), parameters, strict=True):
             if p1.requires_grad:
                 close(p1.grad, p2.grad)
+
+
+def test_the_average_of_one_group_is_one_operation():
+    """And two views: at batch = batch size a GPU waits for small operations."""
+    operations = []
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            operations.append(function)
+            return function(*args, **kwargs or {})
+
+    start, values, count = torch.randn(3), torch.randn(1, 3), torch.tensor(7)
+    with Count():
+        before, after = moving_average(1, 0.1, count)(start, values)
+    assert len(operations) <= 3
+    close(before[0], start)
+    close(after, 0.9 * start + 0.1 * values)
 
 
 @settings(max_examples=25, deadline=None)
@@ -342,6 +364,22 @@ def test_online_compensation(compensation):
     close(dx, expected)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.* is deprecated")
+@pytest.mark.parametrize("compensation", ["layer_scaling", "clamp", "none"])
+def test_online_in_pytorchs_own_tools(compensation):
+    """Its compensation is not lost in a convolution; a folded network is scripted."""
+    made = build("online", compensation=compensation)
+    net, x = nn.Sequential(made.conv(4, 6, 3), made.norm(6)), torch.randn(2, 4, 5, 5)
+    net(x)
+    expected = net.eval()(x)
+    close(torch.jit.script(fold(net))(x), expected)
+    if compensation == "none":
+        close(fuse_conv_bn_eval(*net)(x), expected)
+    else:
+        with pytest.raises(ValueError, match=r"^OnlineNorm2d: a convolution cannot take its"):
+            fuse_conv_bn_eval(*net)
+
+
 def test_online_is_a_stream():
     """Passes of any number of images give what single images give."""
     one, many = OnlineNorm2d(3), OnlineNorm2d(3)
@@ -403,6 +441,46 @@ def test_cbn(batches, size, window, burn_in, groups):
             net[0].weight.add_(torch.randn_like(net[0].weight) / 10)
     close(net[1].running_mean, reference.mean)
     close(net[1].running_var, reference.var)
+
+
+@pytest.mark.parametrize("dim", [1, 2])
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(padding=1, padding_mode="circular", stride=2),
+        dict(padding=2, padding_mode="reflect", dilation=2),
+        dict(padding=1, padding_mode="replicate", groups=2),
+        dict(padding="same", padding_mode="circular"),
+        dict(padding="same", dilation=2),
+        dict(padding="valid"),
+    ],
+)
+def test_cbn_sees_what_its_convolution_saw(options, dim):
+    """However that pads: of the same image the compensated mean is exact."""
+    made = build("cbn", batch_size=2, window=2, burn_in=0)
+    net = nn.Sequential(made.conv(4, 6, 3, dim=dim, **options), made.norm(6))
+    made.finish(net)
+    x = torch.randn(2, 4, *(7, 6)[:dim]) + 1
+    net(x)
+    with torch.no_grad():
+        net[0].weight.add_(torch.randn_like(net[0].weight))
+    y = net[0](x)
+    mean = y.transpose(0, 1).flatten(1).mean(1)
+    close(net[1].look_back(y, mean[None], torch.ones(1, 6))[0][0, 0], mean)
+
+
+def test_cbn_knows_no_bias_of_its_convolution():
+    """One that moves is in no statistic, as in batch norm's."""
+    made = build("cbn", batch_size=2, window=3, burn_in=0)
+    net, other = (nn.Sequential(made.conv(4, 6, 3), made.norm(6)) for _ in range(2))
+    other.load_state_dict(net.state_dict())
+    for part in (net, other):
+        made.finish(part)
+    net[0].bias = nn.Parameter(torch.randn(6))
+    for _ in range(4):
+        x = torch.randn(4, 4, 7, 6)
+        close(net(x), other(x))
+        net[0].bias.data += torch.randn(6)
 
 
 @pytest.mark.parametrize("size", [1e-1, 1e-2, 1e-3])
@@ -783,3 +861,11 @@ def test_loaded_weights_are_used_after_eval():
     layer.load_state_dict(other.state_dict())
     assert torch.equal(layer(x), other(x))
     assert not torch.equal(layer(x), before)
+
+
+def test_the_table_of_deviations_has_every_formula():
+    lines = (Path(__file__).parents[2] / "docs" / "deviations.md").read_text().splitlines()
+    rows = [line.split("|")[1:-1] for line in lines if line.startswith("| ")][2:]
+    of_others = {"mimicnorm", "none", "sync_bn", "ws_bn", "ws_gn", "xbn"}
+    assert {row[0].strip() for row in rows} == {*names(), "ws"} - of_others
+    assert all(float(row[i]) < 1e-6 for row in rows for i in (2, 3))
