@@ -27,9 +27,7 @@ KIN = ["method", "network", "images"]  # our names, by which a row is found
 
 @functools.cache
 def load() -> dict[str, Any]:
-    content: Any = yaml.load(
-        FILE.read_text(), Loader=yaml.CSafeLoader
-    )
+    content: Any = yaml.load(FILE.read_text(), Loader=yaml.CSafeLoader)
     return content
 
 
