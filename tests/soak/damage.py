@@ -56,7 +56,8 @@ def damage(file: Path, other: Path, rng: random.Random) -> str:
             file.write_bytes(b",".join(words))
 
     def foreign() -> None:
-        shutil.copy(other, file) if other.is_file() else file.unlink()
+        # What belongs to the study has no like in another run.
+        shutil.copy(other, file) if other.is_file() and other != file else file.unlink()
 
     def folder() -> None:
         file.unlink()
