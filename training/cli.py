@@ -22,7 +22,7 @@ from hydra.errors import (
 )
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from training import distributed, process
 from training.config import cannot_write, quoted, search_path, shown
@@ -80,6 +80,13 @@ def check(config: Any) -> None:
             raise ValueError(
                 f"hydra.{key}={shown(given)}: a run's folder is runtime.runs/study/name, and paths "
                 f"are relative to where the command is given; expected none of this key"
+            )
+    for key in ("launcher", "sweeper"):
+        given = OmegaConf.select(config.hydra, key)
+        if not isinstance(given, DictConfig) or "_target_" not in given:
+            raise ValueError(
+                f"hydra.{key}={shown(given)}: expected no value, but hydra/{key}=NAME and keys of "
+                f"that below hydra.{key}"
             )
     launcher = config.hydra.runtime.choices.get("hydra/launcher")
     if distributed.world_size() > 1 and launcher != "basic":
@@ -193,10 +200,11 @@ def as_typed(word: str) -> str:
 def check_group(word: str) -> None:
     """Raise `ValueError` for an option of a group that is no name, at which Hydra ends."""
     group, _, typed = word.lstrip("+").partition("=")
-    if group and typed and (process.ROOT / "configs" / group).is_dir():
+    hydras = group.startswith("hydra/")
+    if group and typed and (hydras or (process.ROOT / "configs" / group).is_dir()):
         with suppress(HydraException):  # which Hydra will say
             value = OverridesParser.create().parse_override(word).value()
-            if not (value is None or isinstance(value, str | Sweep)):
+            if not ((value is None and not hydras) or isinstance(value, str | Sweep)):
                 raise ValueError(f"{group}={typed}: expected the name of one of its options")
 
 

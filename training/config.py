@@ -238,6 +238,12 @@ def check(cfg: DictConfig) -> Config:
             continue
         if expected := refusal(key, value, default):
             raise ValueError(f"{key}={shown(value)}: expected {expected}")
+        group, _, last = key.partition(".")
+        if last == "name" and group != "model" and value != default:  # with keys of another
+            raise ValueError(
+                f"{key}={shown(value)}: an option is chosen as {group}={shown(value)}; expected "
+                f"{default}, or no {key}"
+            )
     if own["evaluation.statistics"] == "batch" and own["evaluation.alpha"]:
         raise ValueError(
             f"evaluation.alpha={own['evaluation.alpha']}: weighs an image against running "
