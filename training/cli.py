@@ -30,7 +30,8 @@ from training.messages import MISTAKES, explain, first_line
 
 WORKER = "SMALLBATCH_WORKER"  # in the environment of a run that a launcher started
 GRACE_SECONDS = 30.0  # seconds that a run has to stop
-FULL = os.environ.get("HYDRA_FULL_ERROR") == "1"
+OURS = "SMALLBATCH_ONE_LINE"  # in the environment: HYDRA_FULL_ERROR is set by us, not the user
+FULL = os.environ.get("HYDRA_FULL_ERROR") == "1" and OURS not in os.environ
 TEXTS = re.compile(r"(\+*(?:study|name))=([\w.+\-\s,]+)")
 
 
@@ -272,6 +273,8 @@ def run(main: Callable[[], Any]) -> None:
     if WORKER in os.environ:
         threading.Thread(target=stop_with_launcher, daemon=True).start()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # so that Hydra leaves its errors to us
+    if not FULL:
+        os.environ[OURS] = "1"  # for the processes that a launcher starts
     error: Exception | None = None
     Report.composed = False
     try:
@@ -292,6 +295,7 @@ def run(main: Callable[[], Any]) -> None:
         if words and not Report.composed and not is_mistake(raised):
             error = ValueError(f"{' '.join(words)}: cannot be set to that ({first_line(raised)})")
     finally:
+        os.environ.pop(OURS, None)
         distributed.destroy()
     left = [f for f in Report.folders if error and (f / "error.txt").exists()]
     if error and (FULL or not (Report.failures or left or is_mistake(error))):
