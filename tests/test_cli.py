@@ -18,9 +18,11 @@ import numpy as np
 import pytest
 import torch
 from filelock import FileLock
+from omegaconf import OmegaConf
 from PIL import Image
 
 import data
+import reporting
 from training import cli, loop, report
 from training.process import StoppedError
 
@@ -863,6 +865,41 @@ def test_files_of_another_run_are_not_this_ones(train):
         json.loads(x) for x in (whole["result.json"], (folder / "result.json").read_bytes())
     )
     assert (before["top1"], before["test_loss"]) == (after["top1"], after["test_loss"])
+
+
+@pytest.mark.parametrize(
+    ("keys", "what"),
+    [
+        ("norm=gn", "norm.name is gn there and bn here"),
+        ("recipe.lr=0.2", "lr is 0.2 there and 0.1"),
+    ],
+)
+def test_a_result_of_another_run_is_refused(train, keys, what):
+    """By the command and by the table, whatever key it differs in."""
+    ours, other = (
+        train("recipe.updates=1", *own).run(name)
+        for own, name in ((["name=ours"], "ours"), ([keys, "name=other"], "other"))
+    )
+    shutil.copy(other / "result.json", ours)
+    refused = train("recipe.updates=1", "name=ours")
+    assert one_line(refused.err, f"{ours}: holds a run of another", "result.json: ", what)
+    table = reporting.runs(ours.parent).set_index("run")
+    assert table.loc["ours", "status"] == "damaged"
+    assert what in table.loc["ours", "error"]
+
+
+def test_values_from_outside_are_a_runs_own(train, monkeypatch):
+    """An environment variable counts as its value; a time, which is never the same, as written."""
+    keys = ["recipe.updates=1", 'recipe.lr="${oc.decode:${oc.env:LR}}"']
+    keys.append('recipe.warmup="${oc.decode:${now:0.%f}}"')
+    for lr in ("0.1", "0.2"):
+        monkeypatch.setenv("LR", lr)
+        done = train(*keys)
+        assert done.status == 0, done.err
+        assert "already" not in done.out
+    assert "already, skipped" in train(*keys).out
+    files = done.runs.glob("*/*/.hydra/config.yaml")
+    assert sorted(OmegaConf.load(file).recipe.lr for file in files) == [0.1, 0.2]
 
 
 @pytest.mark.parametrize("file", ["result.json", ".hydra/config.yaml"])

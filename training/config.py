@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 from functools import cache
 from pathlib import Path
 from typing import Any, cast
@@ -38,6 +39,10 @@ OmegaConf.register_new_resolver("times", times, replace=True)
 OmegaConf.register_new_resolver("processes", distributed.world_size, replace=True)
 
 
+# An interpolation whose value the rest of the configuration does not tell; that of a time counts as
+# it is written, so that the same command goes on.
+FOREIGN = re.compile(r"(?!.*\$\{now:).*\$\{(?!times:|processes:)[\w.]+:", re.DOTALL)
+
 MOVED = "moved_to"  # in a folder without a run: the name of the run of this configuration
 RENAMED = {  # keys of stored runs that have another name now
     "data.complete": "data.verify_counts",
@@ -70,11 +75,15 @@ def flatten(config: Any, resolve: bool = False) -> dict[str, Any]:
     return flat
 
 
+def outside(key: str) -> bool:
+    return key in OUTSIDE or key.startswith(OUTSIDE_GROUPS)
+
+
 def identity(config: Any) -> dict[str, Any]:
     """The keys that can change a result. Paths do not, but the name of a folder of images stands
     for the data set, whose files `training/dataset.py` compares."""
     flat = flatten(config)
-    keys = {k: v for k, v in flat.items() if k not in OUTSIDE and not k.startswith(OUTSIDE_GROUPS)}
+    keys = {k: v for k, v in flat.items() if not outside(k)}
     devices = keys.pop("devices", 1)
     keys["devices"] = devices if isinstance(devices, int) else distributed.world_size()
     if keys["devices"] == 1:  # as before there was such a key
@@ -83,6 +92,32 @@ def identity(config: Any) -> dict[str, Any]:
     if flat.get("data.name") == "folder" or flat.get("data.verify_counts") is False:
         keys["data.root"] = os.path.basename(os.path.normpath(str(flat["data.root"])))
     return keys
+
+
+def settle(cfg: DictConfig) -> None:
+    """Put values in place of what `FOREIGN` finds: they count, and are kept with the run."""
+    for key, value in flatten(cfg).items():
+        if (key == "data.root" or not outside(key)) and FOREIGN.match(str(value)):
+            OmegaConf.update(cfg, key, flatten(cfg, resolve=True)[key])
+
+
+def different(there: dict[str, Any], ours: dict[str, Any]) -> list[str]:
+    """The keys in which two identities differ, in words."""
+    absent = object()
+    return [
+        f"{key} is {there.get(key, 'absent')} there and {ours.get(key, 'absent')} here"
+        for key in sorted(there | ours)
+        if there.get(key, absent) != ours.get(key, absent)
+    ]
+
+
+def different_result(result: dict[str, Any], ours: dict[str, Any]) -> list[str]:
+    """The keys in which a result is not that of the identity `ours`; older ones have not all."""
+    same = {"batch": "batch_size", "seed": "seed"}
+    same |= {f"{key}.name": key for key in ("protocol", "data", "recipe")}
+    there = result.get("identity", ours) | {key: result[name] for key, name in same.items()}
+    there = {RENAMED.get(key, key): value for key, value in there.items()}
+    return different(there | {"data.root": None}, ours | {"data.root": None})
 
 
 def choices() -> dict[str, str]:
@@ -100,7 +135,7 @@ def defaults(cfg: DictConfig) -> DictConfig:
     groups = ["norm"]
     if chosen["experiment"]:
         groups += ["experiment"]
-    elif named.startswith("${"):
+    elif named.startswith("${data.name}"):
         groups += ["data", "protocol", *(["model"] if chosen["model"] == cfg.model.name else [])]
     return composed(*(f"{group}={chosen[group]}" for group in groups))
 
@@ -205,6 +240,7 @@ def typed(cfg: DictConfig) -> Config:
 
 def check(cfg: DictConfig) -> Config:
     """Raise `ValueError`, in one line, for a value that no run can have."""
+    settle(cfg)
     groups = ["data", "model", "norm", "probe", "protocol", "recipe"]
     for group in groups:
         if not choices().get(group):

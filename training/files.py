@@ -35,6 +35,30 @@ RESULT: dict[str, tuple[type, ...]] = {  # key of result.json: what it may be
     "device": (str,),
     "versions": (dict,),
 }
+LATER: dict[str, tuple[type, ...]] = {  # which older results lack
+    "diverged_at_update": (int, type(None)),
+    "test_loss": (*NUMBER, type(None)),
+    "study": (str,),
+    "learning_rate": NUMBER,
+    "debug": (str, type(None)),
+    "micro_batch": (int,),
+    "devices": (int,),
+    "ema": NUMBER,
+    "evaluation": (dict, type(None)),
+    "batch_independent": (bool,),
+    "train_images": (int,),
+    "test_images": (int,),
+    "ignored_files": (int,),
+    "unreadable_images": (int,),
+    "image_shape": (list,),
+    "classes": (int,),
+    "pixels": (dict,),
+    "compiled": (str,),
+    "compiled_reason": (str,),
+    "graph": (bool,),
+    "channels_last": (bool,),
+    "identity": (dict,),
+}
 RENAMED = {  # keys of older results
     "sgd_batch": "sgd_batch_size",
     "batch_free": "batch_independent",
@@ -114,17 +138,19 @@ def read_result(folder: Path) -> dict[str, Any]:
     with damaged(path, ValueError):
         if result["status"] not in ("finished", "diverged"):
             raise ValueError(f"status is {result['status']}; expected finished or diverged")
-        for key, types in RESULT.items():
+        for key, types in (RESULT | {k: v for k, v in LATER.items() if k in result}).items():
             if key not in result:
                 raise ValueError(f"no {key} in it")
             value = result[key]
-            if not isinstance(value, types) or isinstance(value, bool):
+            if type(value) not in types:
                 expected = " or ".join(t.__name__.replace("NoneType", "null") for t in types)
                 raise ValueError(f"{key} is {value!r}; expected {expected}")
             if key in ACCURACIES and value is None and result["status"] == "finished":
                 raise ValueError(f"{key} is null in a finished run")
             if key in ACCURACIES and isinstance(value, NUMBER) and not 0 <= value <= 100:
                 raise ValueError(f"{key} is {value}; expected 0 to 100")
+            if type(value) in NUMBER and not value >= 0:
+                raise ValueError(f"{key} is {value}; expected no less than 0")
     return result
 
 

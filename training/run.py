@@ -29,7 +29,14 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from training import dataset, distributed
-from training.config import cannot_write, folder, identity, read_config
+from training.config import (
+    cannot_write,
+    different,
+    different_result,
+    folder,
+    identity,
+    read_config,
+)
 from training.files import read_checkpoint, read_result, write
 
 log = logging.getLogger("smallbatch")
@@ -63,17 +70,9 @@ def differences(folder: Path, cfg: DictConfig) -> list[str]:
     there, ours = identity(read_config(file, "batch", "seed")), identity(cfg)
     if (folder / dataset.FILE).exists():  # tells better than a path whether the data are the same
         there["data.root"] = ours["data.root"] = None
-    absent = object()
-    found = [
-        f"{key} is {there.get(key, 'absent')} there and {ours.get(key, 'absent')} here"
-        for key in sorted(there | ours)
-        if there.get(key, absent) != ours.get(key, absent)
-    ]
+    found = different(there, ours)
     if (folder / "result.json").exists():  # which may have come from another folder
-        result = read_result(folder)
-        for key, value in (("batch_size", cfg.batch), ("seed", cfg.seed)):
-            if result[key] != value:
-                found.append(f"result.json: {key} is {result[key]} there and {value} here")
+        found += [f"result.json: {x}" for x in different_result(read_result(folder), ours)]
     return found
 
 
@@ -180,7 +179,8 @@ class Run:
 
     @distributed.rank_zero_only
     def finish(self, result: dict[str, Any]) -> None:
-        write(self.folder / "result.json", json.dumps(plain(result), indent=2) + "\n")
+        text = json.dumps(plain(result | {"identity": self.identity}), indent=2)
+        write(self.folder / "result.json", text + "\n")
         (self.folder / "progress.json").unlink(missing_ok=True)
 
     @distributed.rank_zero_only

@@ -138,7 +138,7 @@ def test_files_of_another_run(study):
     shutil.copy(study / "bn-b2-s1" / "result.json", study / "bn-b2-s0")
     shutil.copy(study / "bn-b2-s0" / "metrics.csv", study / "bn-b2-s1")
     runs = reporting.runs(study).set_index("run")
-    assert "(seed is 1, the run's is 0)" in runs.loc["bn-b2-s0", "error"]
+    assert "seed is 1 there and 0 here" in runs.loc["bn-b2-s0", "error"]
     told = "metrics.csv: cannot be read (it ends with test_top1 90.0, result.json says 91.0)"
     assert told in runs.loc["bn-b2-s1", "error"]
 
