@@ -91,6 +91,21 @@ def test_the_same_command_again_skips(train):
     assert "epoch" not in again.out
 
 
+def test_a_finished_run_on_a_disk_that_cannot_be_written(train, monkeypatch):
+    folder = train("name=mine", "recipe.updates=1").run()
+
+    def refuse(*args, **keys):
+        raise OSError(errno.EROFS, "Read-only file system", str(folder))
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    monkeypatch.setattr(FileLock, "acquire", refuse)
+    again = train("name=mine", "recipe.updates=1")
+    assert (again.status, again.err) == (0, "")
+    assert "finished already, skipped" in again.out
+    assert "another configuration" in train("name=mine", "recipe.updates=2").err
+    assert "cannot write" in train("name=mine", "recipe.updates=1", "overwrite=true").err
+
+
 def test_another_configuration_is_refused_and_overwritten_on_request(train):
     folder = train("name=mine").run()
     stamp = (folder / "result.json").stat().st_mtime_ns
@@ -477,6 +492,9 @@ MISTAKES = [
     (["recipe=imagenet_mabn"], 1, ["recipe.epochs=1: has no effect beside recipe.updates=600000"]),
     (["norm=0.5"], 2, ["norm=0.5: expected the name of one of its options"]),
     (["debug=[0.1,0.2]"], 2, ["debug=[0.1,0.2]: expected the name of one of its options"]),
+    (["data.root='a\nb'", "data=folder"], 2, ["data.root='a b': has a line break; expected a s"]),
+    (["-m", "norm=bn,gn", "norm.groups=4"], 2, ["norm.groups: not all of norm=bn,gn have it"]),
+    (["-m", "norm=bn,gn", "norm.grops=4"], 2, ["grops: no such key (did you mean norm.groups"]),
     (["hydra/launcher=[basic]"], 2, ["hydra/launcher=[basic]: expected the name of one"]),
     (["hydra/job_logging=[none]"], 2, ["hydra/job_logging=[none]: expected the name of one"]),
     (["hydra/job_logging=null"], 2, ["hydra/job_logging=null: expected the name of one"]),
@@ -525,6 +543,8 @@ def test_flags_stand_anywhere_and_texts_are_as_typed(train):
     assert asked.multirun
     typed = 'study="1e3",a,"true"'
     assert words == ["--multirun", "batch=2", typed, "name=null", "seed=0,1"]
+    assert cli.as_typed("runtime.runs=2024_06_01") == 'runtime.runs="2024_06_01"'
+    assert cli.as_typed("data.root=1_0") == 'data.root="1_0"'
     done = train("study=1e3", "name=2024_06_01", "recipe.updates=1")
     assert done.status == 0, done.err
     assert (done.runs / "1e3" / "2024_06_01" / "result.json").exists()

@@ -32,7 +32,7 @@ WORKER = "SMALLBATCH_WORKER"  # in the environment of a run that a launcher star
 GRACE_SECONDS = 30.0  # seconds that a run has to stop
 OURS = "SMALLBATCH_ONE_LINE"  # in the environment: HYDRA_FULL_ERROR is set by us, not the user
 FULL = os.environ.get("HYDRA_FULL_ERROR") == "1" and OURS not in os.environ
-TEXTS = re.compile(r"(\+*(?:study|name))=([\w.+\-\s,]+)")
+TEXTS = re.compile(r"(\+*(?:study|name|runtime\.runs|data\.(?:root|cache)))=([\w.+\-\s,]+)")
 
 
 def print_error(error: BaseException, what: str = "") -> None:
@@ -231,6 +231,8 @@ def arguments(words: list[str]) -> tuple[Any, list[str]]:
     places = [args.config_dir] if args.config_dir is not None else []
     overrides = []
     for word in args.overrides:
+        if len(word.splitlines()) > 1:  # as of a command in commands.txt
+            raise ValueError(f"{' '.join(word.split())}: has a line break; expected a single line")
         if word.startswith("hydra.searchpath="):
             with suppress(HydraException):  # which Hydra will say
                 given: Any = OverridesParser.create().parse_override(word).value()

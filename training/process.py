@@ -43,8 +43,8 @@ def set_handlers(handler: signal.Handlers | None = None) -> None:
 
 
 def run_script(main: Callable[[], object]) -> None:
-    """Call the `main` of a script, which Ctrl-C or an output that nobody takes ends in a line; files
-    are whole or not there, and written before anything is printed."""
+    """Call the `main` of a script. Ctrl-C ends it in a line, as does an output that nobody takes;
+    files are whole or not there, and written before anything is printed."""
     sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115  # which was closed
     try:
         main()

@@ -105,7 +105,11 @@ class Run:
         except Timeout as error:
             raise BusyError(f"{self.folder}: another process is training this run") from error
         except OSError as error:
-            raise cannot_write(cfg, error) from error
+            if cfg.overwrite or not (self.folder / "result.json").exists():
+                raise cannot_write(cfg, error) from error
+            self.check_config(cfg)  # it is over, so that nothing has to be written
+            self.check_data(cfg, listing, writable=False)
+            return
         try:
             if cfg.overwrite:
                 self.clear()
@@ -161,7 +165,7 @@ class Run:
                 f"choose another name= or study=, or delete it with overwrite=true"
             )
 
-    def check_data(self, cfg: DictConfig, listing: Any) -> None:
+    def check_data(self, cfg: DictConfig, listing: Any, writable: bool = True) -> None:
         """Refuse the folder if its run saw other data than these; write down which these are."""
         differ = dataset.compare(self.folder, cfg, listing)
         if differ:
@@ -170,7 +174,8 @@ class Run:
                 f"({'; '.join(differ)}); choose another name= or study=, or delete that run with "
                 f"overwrite=true"
             )
-        dataset.keep(self.folder, cfg, listing)
+        if writable:
+            dataset.keep(self.folder, cfg, listing)
 
     @distributed.broadcast_result
     def result(self) -> dict[str, Any] | None:
