@@ -4,7 +4,6 @@ import csv
 import json
 import math
 import os
-import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -118,14 +117,11 @@ def read(path: Path, *keys: str) -> dict[str, Any]:
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """A checkpoint of a run. Raises `ValueError` with its name if it is damaged."""
-    import torch  # which tables do without
+    from models import weights  # with torch, which tables do without
 
     with damaged(path, Exception):  # of pickle, zipfile and torch, for whatever stands in the file
-        with zipfile.ZipFile(path) as archive:  # torch writes checksums, but does not look at them
-            if wrong := archive.testzip():
-                raise ValueError(f"{wrong} has another checksum")
-        content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    return content
+        content: dict[str, Any] = weights.read(path)
+        return content
 
 
 def read_result(folder: Path) -> dict[str, Any]:
