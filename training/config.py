@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any, cast
@@ -23,11 +24,23 @@ OUTSIDE = (
 )
 OUTSIDE_GROUPS = ("runtime.", "checkpoint.", "probe.")
 
-# Keys that have no effect where another is given.
-IN_PLACE_OF = {
-    "recipe.epochs": "recipe.updates",
-    "norm.groups": "norm.channels_per_group",
-}
+# A key, another, the values of that beside which it has an effect, and the same in words.
+EFFECT: list[tuple[str, str, Callable[[Any], bool], str]] = [
+    ("recipe.epochs", "recipe.updates", lambda x: x is None, "=null"),
+    ("recipe.milestones", "recipe.schedule", lambda x: x == "step", "=step"),
+    ("recipe.lr_decay", "recipe.schedule", lambda x: x == "step", "=step"),
+    ("recipe.momentum", "recipe.optimizer", lambda x: x == "sgd", "=sgd"),
+    ("recipe.nesterov", "recipe.optimizer", lambda x: x == "sgd", "=sgd"),
+    ("recipe.nesterov", "recipe.momentum", lambda x: x != 0, " above 0"),
+    ("recipe.betas", "recipe.optimizer", lambda x: x == "adamw", "=adamw"),
+    ("recipe.weight_decay_norms", "recipe.weight_decay", lambda x: x != 0, " above 0"),
+    ("recipe.clip_factor", "recipe.clip", lambda x: x == "agc", "=agc"),
+    ("norm.groups", "norm.channels_per_group", lambda x: x is None, "=null"),
+    ("norm.rate", "norm.statistics", lambda x: x != "batch", " that is not batch"),
+    ("evaluation.batches", "evaluation.statistics", lambda x: x == "precise", "=precise"),
+    ("evaluation.batch_size", "evaluation.statistics", lambda x: x != "running", "=precise"),
+    ("probe.every", "probe.name", lambda x: x != "none", " that is not none"),
+]
 
 
 def times(factor: Any, number: Any) -> Any:
@@ -249,14 +262,6 @@ def check(cfg: DictConfig) -> Config:
         raise ValueError("model.name=???: needs a value, such as model.name=resnet18")
     if cfg.recipe.epochs is None and cfg.recipe.updates is None:
         raise ValueError("recipe.epochs=null: expected a number, of epochs or recipe.updates")
-    for key, other in IN_PLACE_OF.items():
-        given = [o for o in HydraConfig.get().overrides.task if o.lstrip("+").startswith(f"{key}=")]
-        value, rules = (OmegaConf.select(cfg, name) for name in (key, other))
-        if given and None not in (value, rules) and not choices().get("debug"):
-            raise ValueError(
-                f"{key}={value}: has no effect beside {other}={rules}; expected {other}=null, or "
-                f"no {key}"
-            )
     if choices().get("debug"):
         groups.append("debug")
     base = flatten(composed(*(f"{group}={choices()[group]}" for group in groups)))
@@ -279,6 +284,14 @@ def check(cfg: DictConfig) -> Config:
             raise ValueError(
                 f"{key}={shown(value)}: an option is chosen as {group}={shown(value)}; expected "
                 f"{default}, or no {key}"
+            )
+    words = [word.lstrip("+").split("=")[0] for word in HydraConfig.get().overrides.task]
+    for key, other, has_effect, expected in () if choices().get("debug") else EFFECT:
+        given = key in words and own[key] not in (None, False)
+        if given and other in own and not has_effect(own[other]):
+            raise ValueError(
+                f"{key}={shown(own[key])}: has no effect beside {other}={shown(own[other])}; "
+                f"expected {other}{expected}, or no {key}"
             )
     if own["evaluation.statistics"] == "batch" and own["evaluation.alpha"]:
         raise ValueError(

@@ -192,7 +192,8 @@ def with_overrides(run: DictConfig, overrides: list[str]) -> DictConfig:
                 f"{', '.join(OWN)}"
             )
     with composing():
-        words = overrides if "data" in keys else [f"data={run.data.name}", *overrides]
+        words = [] if "data" in keys else [f"data={run.data.name}"]
+        words += [f"evaluation.statistics={evaluated_by(run).statistics}", *overrides]
         own, full = composed(*words)
         HydraConfig.instance().set_config(full)
         check(own)
