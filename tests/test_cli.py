@@ -514,6 +514,8 @@ MISTAKES = [
     (["-m", "norm=bn,gn", "norm.grops=4"], 2, ["grops: no such key (did you mean norm.groups"]),
     (["hydra/launcher=[basic]"], 2, ["hydra/launcher=[basic]: expected the name of one"]),
     (["hydra/job_logging=[none]"], 2, ["hydra/job_logging=[none]: expected the name of one"]),
+    (["norm=null"], 2, ["norm=null: expected the name of one of its options"]),
+    (['recipe.lr="${oc.env:NO_SUCH}"'], 1, ["recipe.lr: ", "Environment variable 'NO_SUCH' not"]),
     (["hydra/job_logging=null"], 2, ["hydra/job_logging=null: expected the name of one"]),
     (["-m", "hydra.launcher=null"], 1, ["hydra.launcher=null: expected no value, but hydra/lau"]),
     (["-m", "hydra.sweeper=x"], 1, ["hydra.sweeper=x: expected no value"]),

@@ -135,7 +135,7 @@ class Report(Callback):
         launcher = config.hydra.runtime.choices.get("hydra/launcher")
         Report.foreign = launcher not in ("basic", "pool")
         try:
-            task = list(config.hydra.overrides.task)
+            task: Any = OmegaConf.to_container(config.hydra.overrides.task)  # not resolved
             Report.folders = record([*search_path(config.hydra), *task])
         except OSError as error:
             print_error(cannot_write(config, error))
@@ -201,11 +201,12 @@ def as_typed(word: str) -> str:
 def check_group(word: str) -> None:
     """Raise `ValueError` for an option of a group that is no name, at which Hydra ends."""
     group, _, typed = word.lstrip("+").partition("=")
-    hydras = group.startswith("hydra/")
-    if group and typed and (hydras or (process.ROOT / "configs" / group).is_dir()):
+    known = group.startswith("hydra/") or (process.ROOT / "configs" / group).is_dir()
+    if group and typed and known:
         with suppress(HydraException):  # which Hydra will say
             value = OverridesParser.create().parse_override(word).value()
-            if not ((value is None and not hydras) or isinstance(value, str | Sweep)):
+            none = value is None and group in ("experiment", "debug")
+            if not (none or isinstance(value, str | Sweep)):
                 raise ValueError(f"{group}={typed}: expected the name of one of its options")
 
 

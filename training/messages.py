@@ -77,7 +77,9 @@ def explain(error: BaseException) -> str:
             if key in keys:
                 return f"{key}: not all of {swept} have it; expected a key of all, or two commands"
             return f"{key}: no such key{suggest(key, keys)}; --help lists all"
-        return first_line(error) + (f" ({first_line(cause)})" if cause else "")
+        place = getattr(error, "full_key", None)
+        where = f"{place}: " if place and place not in first_line(error) else ""
+        return where + first_line(error) + (f" ({first_line(cause)})" if cause else "")
     if isinstance(error, OSError) and error.filename:
         full = "; runtime.runs and data.cache name the folders that are written"
         return f"{error.filename}: {error.strerror}{full if error.errno in FULL_DISK else ''}"
