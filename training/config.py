@@ -124,13 +124,19 @@ def different(there: dict[str, Any], ours: dict[str, Any]) -> list[str]:
     ]
 
 
-def different_result(result: dict[str, Any], ours: dict[str, Any]) -> list[str]:
-    """The keys in which a result is not that of the identity `ours`; older ones have not all."""
-    same = {"batch": "batch_size", "seed": "seed"}
-    same |= {f"{key}.name": key for key in ("protocol", "data", "recipe")}
-    there = result.get("identity", ours) | {key: result[name] for key, name in same.items()}
-    there = {RENAMED.get(key, key): value for key, value in there.items()}
+def different_run(kept: dict[str, Any], ours: dict[str, Any]) -> list[str]:
+    """The keys in which a file that holds its run's identity, `kept`, is not one of the run `ours`;
+    older files do not hold all of them."""
+    there = ours | {RENAMED.get(key, key): value for key, value in kept.items()}
     return different(there | {"data.root": None}, ours | {"data.root": None})
+
+
+def different_result(result: dict[str, Any], ours: dict[str, Any]) -> list[str]:
+    """The same of a result."""
+    names = {"batch": "batch_size", "seed": "seed"}
+    names |= {f"{key}.name": key for key in ("protocol", "data", "recipe")}
+    told = {key: result[name] for key, name in names.items()}
+    return different_run(result.get("identity", {}) | told, ours)
 
 
 def choices() -> dict[str, str]:

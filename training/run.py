@@ -33,6 +33,7 @@ from training.config import (
     cannot_write,
     different,
     different_result,
+    different_run,
     folder,
     identity,
     read_config,
@@ -228,8 +229,7 @@ class Run:
             problem = "damaged"
             with suppress(ValueError):
                 state = read_checkpoint(file)
-                kept = state.get("identity", {})
-                if any(kept.get(key, value) != value for key, value in self.identity.items()):
+                if different_run(state.get("identity", {}), self.identity):
                     problem = "of another run"
                 elif set(state) >= CHECKPOINT:
                     self.saved = state["progress"]["update"]

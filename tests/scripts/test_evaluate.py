@@ -2,6 +2,7 @@ import csv
 import errno
 import json
 import os
+import shutil
 import sys
 
 import pytest
@@ -289,6 +290,12 @@ def test_mistakes_get_one_line_and_leave_nothing(train, call, tmp_path):
     assert "data=synthetic: 10 classes and 3 channels; expected the run's 10 and 1" in err
     assert "data.root=/nowhere: does not exist" in refused(run, "data=folder", "data.root=/nowhere")
     assert "its folder does not exist" in refused(run, "--csv", tmp_path / "no" / "c.csv")
+    other = train("seed=1").run("bn-b32-s1")
+    for file in ("result.json", "last.pt"):
+        ours = (run / file).read_bytes()
+        shutil.copy(other / file, run)
+        assert f"{run / file}: of another run (seed is 1 there and 0 here" in refused(run)
+        (run / file).write_bytes(ours)
     write(run / "result.json", json.dumps(result | {"status": "diverged"}))
     assert "diverged" in refused(run)
     write(run / "result.json", json.dumps(result))
