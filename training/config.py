@@ -38,7 +38,12 @@ EFFECT: list[tuple[str, str, Callable[[Any], bool], str]] = [
     ("norm.groups", "norm.channels_per_group", lambda x: x is None, "=null"),
     ("norm.rate", "norm.statistics", lambda x: x != "batch", " that is not batch"),
     ("evaluation.batches", "evaluation.statistics", lambda x: x == "precise", "=precise"),
-    ("evaluation.batch_size", "evaluation.statistics", lambda x: x != "running", "=precise"),
+    (
+        "evaluation.batch_size",
+        "evaluation.statistics",
+        lambda x: x != "running",
+        " that is not running",
+    ),
     ("probe.every", "probe.name", lambda x: x != "none", " that is not none"),
 ]
 
