@@ -26,6 +26,7 @@ from data.transforms import CROPS
 from norms.layer import Leaf
 from training import dataset, distributed, protocol
 from training import device as devices
+from training.cli import as_typed
 from training.config import check, typed
 from training.files import read_data
 from training.messages import MISTAKES
@@ -184,6 +185,7 @@ def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> dict
 
 def with_overrides(run: DictConfig, overrides: list[str]) -> DictConfig:
     """A run's configuration with other data or another device. Raises what composing raises."""
+    overrides = [as_typed(word) for word in overrides]
     keys = [str(o.key_or_group) for o in OverridesParser.create().parse_overrides(overrides)]
     for key, word in zip(keys, overrides, strict=True):
         if key not in OWN and not key.startswith(OWN_GROUPS):

@@ -289,6 +289,7 @@ def test_mistakes_get_one_line_and_leave_nothing(train, call, tmp_path):
     assert "1 channels" not in (err := refused(run, "data=synthetic"))
     assert "data=synthetic: 10 classes and 3 channels; expected the run's 10 and 1" in err
     assert "data.root=/nowhere: does not exist" in refused(run, "data=folder", "data.root=/nowhere")
+    assert "data.root=1_0: does not exist" in refused(run, "data=folder", "data.root=1_0")
     assert "its folder does not exist" in refused(run, "--csv", tmp_path / "no" / "c.csv")
     other = train("seed=1").run("bn-b32-s1")
     for file in ("result.json", "last.pt"):
