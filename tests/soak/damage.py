@@ -115,6 +115,7 @@ def said(outcomes: list[Outcome], file: Path) -> bool:
     """Whether somebody says that something is the matter with the file or its run."""
     words = ("cannot", "damaged", "error", "another", "not the data", "no ", "going on", "changed")
     words += ("is taken to hold the same",)  # where data.json is gone
+    words += ("waiting",) if file.name == "commands.txt" else ()  # for runs of a changed line
     lines = [line for o in outcomes for line in (o.out + o.err).splitlines()]
     names = (file.name, file.parent.name, file.parent.parent.name)
     return any(any(n in line for n in names) and any(w in line for w in words) for line in lines)
