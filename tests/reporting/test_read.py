@@ -205,3 +205,14 @@ def test_no_torch_and_no_training_loop():
         "assert not {'torch', 'training.loop', 'training.run'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+@pytest.mark.parametrize(
+    ("field", "what"),
+    [({"classes": True}, "classes is True; expected int"), ({"threads": -1}, "threads is -1; exp")],
+)
+def test_every_field_of_a_result_is_checked(study, field, what):
+    file = study / "bn-b2-s0" / "result.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | field))
+    runs = reporting.runs(study).set_index("run")
+    assert what in runs.loc["bn-b2-s0", "error"]
