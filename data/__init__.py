@@ -34,7 +34,12 @@ def resolve(config: Any, sgd_batch: int, recipe: Any) -> Source:
         source = synthetic(**{key: config[key] for key in keys})
     elif config.name == "folder":
         on_disk = recipe.crop in CROPS
-        if on_disk and config.resize is not None:
+        if config.resize is not None and not on_disk:
+            raise ValueError(
+                f"data.resize={config.resize}: has no effect on images that are held in memory; "
+                f"expected null, or recipe.crop={' or '.join(CROPS)}"
+            )
+        if config.resize is not None:
             check_resize(config.resize, config.size)
         how = dict(on_disk=on_disk, on_error=config.on_error)
         source = folder(config.root, config.size, config.cache, **how)

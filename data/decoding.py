@@ -49,9 +49,9 @@ def decode(file: Path, apply_exif: bool = False) -> Tensor:
                         return decoder(torch.from_numpy(content), 3, apply_exif)  # 3: RGB
                     except RuntimeError:
                         pass  # PIL can read it, or says better what is wrong
-                white = _white(image)
+                levels = _levels(image)
                 shown = ImageOps.exif_transpose(image) if apply_exif else image
-                return torch.from_numpy(np.array(to_rgb(shown, white))).permute(2, 0, 1)
+                return torch.from_numpy(np.array(to_rgb(shown, levels))).permute(2, 0, 1)
     except Exception as error:  # a damaged file can end in about any
         # Its text: this frame would keep the error, and that in turn all frames and the workers.
         what = "not an image" if isinstance(error, UnidentifiedImageError) else str(error)
@@ -59,26 +59,27 @@ def decode(file: Path, apply_exif: bool = False) -> Tensor:
         raise ValueError(f"data.root: cannot read the image {printable(file)} ({what})") from error
 
 
-def _white(image: "Image") -> int:
-    """The largest value that pixels of this type can have. Raises `ValueError` if it has none."""
+def _levels(image: "Image") -> tuple[int, int]:
+    """The values of black and white for pixels of this type. Raises `ValueError` if it has none."""
     if image.mode.startswith("I;16"):
-        bits = getattr(image, "tag_v2", {}).get(258, (16,))  # TIFF's BitsPerSample: 12 or 16
-        return 2 ** bits[0] - 1
+        tags = getattr(image, "tag_v2", {})  # TIFF's BitsPerSample, 12 or 16, and Photometric
+        white = 2 ** tags.get(258, (16,))[0] - 1
+        return (white, 0) if tags.get(262) == 0 else (0, white)  # 0: white is zero
     if image.mode == "I" and image.format in ("PNG", "PPM"):  # 16 bits, as PIL opens them
-        return 65535
+        return 0, 65535
     if image.mode in ("I", "F"):
         kind = "signed or 32-bit integers" if image.mode == "I" else "floating-point numbers"
         raise ValueError(f"its pixels are {kind}, of no fixed range; expected 8, 12 or 16 bits")
-    return 255
+    return 0, 255
 
 
-def to_rgb(image: "Image", white: int | None = None) -> "Image":
-    """The image in eight bits of red, green and blue, whatever its mode. `white`: the value of
-    white, where the image no longer knows the file it came from."""
+def to_rgb(image: "Image", levels: tuple[int, int] | None = None) -> "Image":
+    """The image in eight bits of red, green and blue, whatever its mode. `levels`: the values of
+    black and white, where the image no longer knows the file it came from."""
     from PIL import Image
 
-    white = white or _white(image)
-    if white > 255:  # which `convert` would clip
-        scaled = np.asarray(image).astype(np.uint32) * 255 // white
+    black, white = levels or _levels(image)
+    if (black, white) != (0, 255):  # which `convert` would clip
+        scaled = (np.asarray(image).astype(np.int64) - black) * 255 // (white - black)
         image = Image.fromarray(scaled.clip(0, 255).astype(np.uint8))
     return image.convert("RGB")

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock
 
 from data.listing import Listing, list_images
 from data.memory import hold
@@ -95,16 +96,24 @@ def cifar(name: str, root: str | None, cache: str, on_error: str = "raise") -> S
 
         def part(train: bool) -> Split:
             try:
-                data = kind(place, train=train, download=True)
+                data = kind(place, train=train)
+            except RuntimeError:  # not there, or another process is just fetching it
+                data = fetch(train)
+            images = torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous()
+            names[:] = data.classes
+            return Split(images, torch.tensor(data.targets))
+
+        def fetch(train: bool) -> Any:
+            try:
+                place.mkdir(parents=True, exist_ok=True)
+                with FileLock(place / f".{name}.lock"):
+                    return kind(place, train=train, download=True)
             except (OSError, RuntimeError) as error:
                 raise FileNotFoundError(
                     f"data={name}: not found in {place} and the download failed ({error}); put "
                     f"{kind.filename} there, or name a tree of train/<class> and test/<class> "
                     f"images with data.root=PATH; data=digits needs nothing"
                 ) from error
-            names[:] = data.classes
-            images = torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous()
-            return Split(images, torch.tensor(data.targets))
 
         return part(True), part(False)
 

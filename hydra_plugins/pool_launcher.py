@@ -172,7 +172,6 @@ class PoolLauncher(Launcher):
         if place:
             environment["CUDA_VISIBLE_DEVICES"] = place
             overrides.append("device=cuda")  # rather than auto, which would be content without
-        environment.pop("HYDRA_FULL_ERROR", None)  # that of cli.run
         with open(cell.folder / "log.txt", "ab") as output:
             process = subprocess.Popen(
                 [sys.executable, self.script, *overrides],

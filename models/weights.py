@@ -14,6 +14,16 @@ from torch import Tensor, nn
 State = Mapping[str, Tensor]
 
 
+def read(file: str | Path) -> Any:
+    """What `torch.save` wrote, with nothing in it but tensors and numbers. Raises about anything
+    for a file that is damaged."""
+    if zipfile.is_zipfile(file):  # torch writes checksums, but does not look at them
+        with zipfile.ZipFile(file) as archive:
+            if wrong := archive.testzip():
+                raise ValueError(f"{wrong} has another checksum")
+    return torch.load(file, map_location="cpu", weights_only=True)
+
+
 def of_checkpoint(checkpoint: Mapping[str, Any], averaged: bool = True) -> State:
     """The network's state in a run's checkpoint: the moving average of its weights (`ema`), where
     it has one and `averaged`, else the weights themselves."""
@@ -39,7 +49,7 @@ def of_file(path: str | Path) -> State:
 
             content: Any = load_file(file)
         else:
-            content = torch.load(file, map_location="cpu", weights_only=True)
+            content = read(file)
     except ImportError as error:
         raise ValueError(f"{file}: needs a package; pip install safetensors") from error
     except Exception as error:  # of zipfile, pickle, torch and safetensors, whatever it holds

@@ -9,7 +9,7 @@ import pandas as pd
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from training.config import flatten, identity, read_config
+from training.config import different_result, flatten, identity, read_config
 from training.files import RESULT, damaged, read, read_data, read_metrics, read_result
 
 STATES = ("diverged", "failed", "unfinished", "damaged")
@@ -93,7 +93,7 @@ def row_of(folder: Path) -> dict[str, Any]:
         if (folder / "data.json").exists():
             row["kept"] = read_data(folder / "data.json")
         if over:
-            own = {key: row[key] for key in ("batch_size", "seed")}
+            own = {key: value for key, value in row["identity"].items() if key != "norm"}
             row |= {"error": None} | flatten(finished(folder, row["history"], own))
     except ValueError as error:
         row |= {"status": "damaged", "error": str(error)}
@@ -150,15 +150,17 @@ def resolved(config: DictConfig) -> dict[str, Any]:
 
 
 def finished(folder: Path, epochs: list[dict[str, float]], own: dict[str, Any]) -> dict[str, Any]:
-    """The result of a run that is over. Raises `ValueError` where it is not that of `own`, or where
-    metrics.csv ends elsewhere."""
+    """The result of a run that is over. Raises `ValueError` where it is not that of the identity
+    `own`, or where metrics.csv ends elsewhere."""
     result = read_result(folder)
     with damaged(folder / "result.json", ValueError):
-        for key, value in own.items():
-            if result[key] != value:
-                raise ValueError(f"{key} is {result[key]}, the run's is {value}")
+        if differ := different_result(result, own):
+            raise ValueError(f"of another run: {'; '.join(differ)}")
+    result.pop("identity", None)
     last = epochs[-1] if epochs else {"update": 0}
     ends = {"update": "updates", "test_top1": "top1"}
+    more = {"test_top5": "top5", "test_loss": "test_loss"}
+    ends |= {column: key for column, key in more.items() if column in last and key in result}
     with damaged(folder / "metrics.csv", ValueError):
         for column, key in ends.items() if result["status"] == "finished" else ():
             if last.get(column) != result[key]:

@@ -81,7 +81,6 @@ def main() -> None:
             if file and not file.parent.is_dir():
                 raise ValueError(f"{file}: its folder does not exist; expected one that does")
         found = measure(args.run, args.overrides, args.folded, not args.last)
-        show(found, Console(highlight=False, soft_wrap=True))
         if args.csv:
             write(args.csv, pd.DataFrame(found["classes"]).to_csv(index=False, lineterminator="\n"))
         if args.json:
@@ -89,6 +88,7 @@ def main() -> None:
     except MISTAKES as error:
         print(f"error: {explain(error)}", file=sys.stderr)
         sys.exit(1)
+    show(found, Console(highlight=False, soft_wrap=True))
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from training import device as devices
+from training.cli import arguments
 from training.cost import Row, makespan, rows
 from training.messages import MISTAKES, explain
 from training.process import run_script
@@ -93,6 +94,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("overrides", nargs="*", help="of train.py -m")
+    parser.add_argument("--config-dir", help="folder with options of your own, as of train.py")
     parser.add_argument("--speed", type=float, help="images/s in training, instead of measuring")
     parser.add_argument("--memory", type=float, help="GiB of the device (default: of this one)")
     parser.add_argument("--gpus", default="1,8,64", help="numbers of devices (default: 1,8,64)")
@@ -109,7 +111,8 @@ def main() -> None:
         if value is not None and not value > 0:
             parser.error(f"--{option} {value:g}: expected a number above 0")
     try:
-        found = cells(jobs(args.overrides), checked=True)
+        folder = [f"--config-dir={args.config_dir}"] if args.config_dir is not None else []
+        found = cells(jobs(arguments([*folder, *args.overrides])[1]), checked=True)
         where = devices.resolve(found[0].cfg.device)
         here = torch.cuda.mem_get_info(where)[1] if where.type == "cuda" else physical_memory()
         limit = args.memory * GIB if args.memory else here

@@ -18,9 +18,11 @@ import numpy as np
 import pytest
 import torch
 from filelock import FileLock
+from omegaconf import OmegaConf
 from PIL import Image
 
 import data
+import reporting
 from tests.processes import Forked
 from training import cli, loop, report
 from training.process import StoppedError
@@ -88,6 +90,21 @@ def test_the_same_command_again_skips(train):
     assert again.status == 0
     assert "finished already, skipped" in again.out
     assert "epoch" not in again.out
+
+
+def test_a_finished_run_on_a_disk_that_cannot_be_written(train, monkeypatch):
+    folder = train("name=mine", "recipe.updates=1").run()
+
+    def refuse(*args, **keys):
+        raise OSError(errno.EROFS, "Read-only file system", str(folder))
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    monkeypatch.setattr(FileLock, "acquire", refuse)
+    again = train("name=mine", "recipe.updates=1")
+    assert (again.status, again.err) == (0, "")
+    assert "finished already, skipped" in again.out
+    assert "another configuration" in train("name=mine", "recipe.updates=2").err
+    assert "cannot write" in train("name=mine", "recipe.updates=1", "overwrite=true").err
 
 
 def test_another_configuration_is_refused_and_overwritten_on_request(train):
@@ -474,8 +491,42 @@ MISTAKES = [
     (["seed=18446744073709551617"], 1, ["expected a whole number from 0 to 9007199254740991"]),
     (["runtime.threads=100000"], 1, ["expected a whole number from 1 to 1024"]),
     (["recipe=imagenet_mabn"], 1, ["recipe.epochs=1: has no effect beside recipe.updates=600000"]),
+    (["recipe.milestones=[0.5]"], 1, ["has no effect beside recipe.schedule=cosine; expected rec"]),
+    (["recipe.lr_decay=0.2"], 1, ["recipe.lr_decay=0.2: has no effect beside recipe.schedule=cos"]),
+    (["recipe.betas=[0.9,0.99]"], 1, ["has no effect beside recipe.optimizer=sgd; expected recip"]),
+    (
+        ["recipe.optimizer=adamw", "recipe.momentum=0.8"],
+        1,
+        ["recipe.momentum=0.8: has no effect beside recipe.optimizer=adamw; expected"],
+    ),
+    (
+        ["recipe.momentum=0.0", "recipe.nesterov=true"],
+        1,
+        ["beside recipe.momentum=0.0; expected r"],
+    ),
+    (["recipe.clip=1.0", "recipe.clip_factor=0.1"], 1, ["has no effect beside recipe.clip=1.0"]),
+    (["evaluation.batches=5"], 1, ["has no effect beside evaluation.statistics=running; expected"]),
+    (["data=folder", "data.root=/x", "data.resize=40"], 1, ["data.resize=40: has no effect on im"]),
+    (["probe.every=5"], 1, ["probe.every=5: has no effect beside probe.name=none"]),
     (["norm=0.5"], 2, ["norm=0.5: expected the name of one of its options"]),
     (["debug=[0.1,0.2]"], 2, ["debug=[0.1,0.2]: expected the name of one of its options"]),
+    (["data.root='a\nb'", "data=folder"], 2, ["data.root='a b': has a line break; expected a s"]),
+    (["-m", "norm=bn,gn", "norm.groups=4"], 2, ["norm.groups: not all of norm=bn,gn have it"]),
+    (["-m", "norm=bn,gn", "norm.grops=4"], 2, ["grops: no such key (did you mean norm.groups"]),
+    (["hydra/launcher=[basic]"], 2, ["hydra/launcher=[basic]: expected the name of one"]),
+    (["hydra/job_logging=[none]"], 2, ["hydra/job_logging=[none]: expected the name of one"]),
+    (["norm=null"], 2, ["norm=null: expected the name of one of its options"]),
+    (['recipe.lr="${oc.env:NO_SUCH}"'], 1, ["recipe.lr: ", "Environment variable 'NO_SUCH' not"]),
+    (["hydra/job_logging=null"], 2, ["hydra/job_logging=null: expected the name of one"]),
+    (["-m", "hydra.launcher=null"], 1, ["hydra.launcher=null: expected no value, but hydra/lau"]),
+    (["-m", "hydra.sweeper=x"], 1, ["hydra.sweeper=x: expected no value"]),
+    (
+        ["data.name=mnist"],
+        1,
+        ["data.name=mnist: an option is chosen as data=mnist; expected digits"],
+    ),
+    (["norm.name=gn"], 1, ["norm.name=gn: an option is chosen as norm=gn; expected bn"]),
+    (["debug=overfit", "debug.name=profile"], 1, ["debug.name=profile: an option is chosen as"]),
     (["norm=GN"], 2, ["norm=GN: unknown (did you mean gn?)"]),
     (["lr=0.1"], 2, ["lr: no such key (did you mean recipe.lr?)"]),
     (["recipe.LR=0.1"], 2, ["recipe.LR: no such key (did you mean recipe.lr?)"]),
@@ -512,6 +563,8 @@ def test_flags_stand_anywhere_and_texts_are_as_typed(train):
     assert asked.multirun
     typed = 'study="1e3",a,"true"'
     assert words == ["--multirun", "batch=2", typed, "name=null", "seed=0,1"]
+    assert cli.as_typed("runtime.runs=2024_06_01") == 'runtime.runs="2024_06_01"'
+    assert cli.as_typed("data.root=1_0") == 'data.root="1_0"'
     done = train("study=1e3", "name=2024_06_01", "recipe.updates=1")
     assert done.status == 0, done.err
     assert (done.runs / "1e3" / "2024_06_01" / "result.json").exists()
@@ -840,6 +893,41 @@ def test_files_of_another_run_are_not_this_ones(train):
         json.loads(x) for x in (whole["result.json"], (folder / "result.json").read_bytes())
     )
     assert (before["top1"], before["test_loss"]) == (after["top1"], after["test_loss"])
+
+
+@pytest.mark.parametrize(
+    ("keys", "what"),
+    [
+        ("norm=gn", "norm.name is gn there and bn here"),
+        ("recipe.lr=0.2", "lr is 0.2 there and 0.1"),
+    ],
+)
+def test_a_result_of_another_run_is_refused(train, keys, what):
+    """By the command and by the table, whatever key it differs in."""
+    ours, other = (
+        train("recipe.updates=1", *own).run(name)
+        for own, name in ((["name=ours"], "ours"), ([keys, "name=other"], "other"))
+    )
+    shutil.copy(other / "result.json", ours)
+    refused = train("recipe.updates=1", "name=ours")
+    assert one_line(refused.err, f"{ours}: holds a run of another", "result.json: ", what)
+    table = reporting.runs(ours.parent).set_index("run")
+    assert table.loc["ours", "status"] == "damaged"
+    assert what in table.loc["ours", "error"]
+
+
+def test_values_from_outside_are_a_runs_own(train, monkeypatch):
+    """An environment variable counts as its value; a time, which is never the same, as written."""
+    keys = ["recipe.updates=1", 'recipe.lr="${oc.decode:${oc.env:LR}}"']
+    keys.append('recipe.warmup="${oc.decode:${now:0.%f}}"')
+    for lr in ("0.1", "0.2"):
+        monkeypatch.setenv("LR", lr)
+        done = train(*keys)
+        assert done.status == 0, done.err
+        assert "already" not in done.out
+    assert "already, skipped" in train(*keys).out
+    files = done.runs.glob("*/*/.hydra/config.yaml")
+    assert sorted(OmegaConf.load(file).recipe.lr for file in files) == [0.1, 0.2]
 
 
 @pytest.mark.parametrize("file", ["result.json", ".hydra/config.yaml"])

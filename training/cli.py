@@ -22,7 +22,7 @@ from hydra.errors import (
 )
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from training import distributed, process
 from training.config import cannot_write, quoted, search_path, shown
@@ -30,8 +30,9 @@ from training.messages import MISTAKES, explain, first_line
 
 WORKER = "SMALLBATCH_WORKER"  # in the environment of a run that a launcher started
 GRACE_SECONDS = 30.0  # seconds that a run has to stop
-FULL = os.environ.get("HYDRA_FULL_ERROR") == "1"
-TEXTS = re.compile(r"(\+*(?:study|name))=([\w.+\-\s,]+)")
+OURS = "SMALLBATCH_ONE_LINE"  # in the environment: HYDRA_FULL_ERROR is set by us, not the user
+FULL = os.environ.get("HYDRA_FULL_ERROR") == "1" and OURS not in os.environ
+TEXTS = re.compile(r"(\+*(?:study|name|runtime\.runs|data\.(?:root|cache)))=([\w.+\-\s,]+)")
 
 
 def print_error(error: BaseException, what: str = "") -> None:
@@ -81,6 +82,13 @@ def check(config: Any) -> None:
                 f"hydra.{key}={shown(given)}: a run's folder is runtime.runs/study/name, and paths "
                 f"are relative to where the command is given; expected none of this key"
             )
+    for key in ("launcher", "sweeper"):
+        given = OmegaConf.select(config.hydra, key)
+        if not isinstance(given, DictConfig) or "_target_" not in given:
+            raise ValueError(
+                f"hydra.{key}={shown(given)}: expected no value, but hydra/{key}=NAME and keys of "
+                f"that below hydra.{key}"
+            )
     launcher = config.hydra.runtime.choices.get("hydra/launcher")
     if distributed.world_size() > 1 and launcher != "basic":
         raise ValueError(
@@ -127,7 +135,7 @@ class Report(Callback):
         launcher = config.hydra.runtime.choices.get("hydra/launcher")
         Report.foreign = launcher not in ("basic", "pool")
         try:
-            task = list(config.hydra.overrides.task)
+            task: Any = OmegaConf.to_container(config.hydra.overrides.task)  # not resolved
             Report.folders = record([*search_path(config.hydra), *task])
         except OSError as error:
             print_error(cannot_write(config, error))
@@ -193,10 +201,12 @@ def as_typed(word: str) -> str:
 def check_group(word: str) -> None:
     """Raise `ValueError` for an option of a group that is no name, at which Hydra ends."""
     group, _, typed = word.lstrip("+").partition("=")
-    if group and typed and (process.ROOT / "configs" / group).is_dir():
+    known = group.startswith("hydra/") or (process.ROOT / "configs" / group).is_dir()
+    if group and typed and known:
         with suppress(HydraException):  # which Hydra will say
             value = OverridesParser.create().parse_override(word).value()
-            if not (value is None or isinstance(value, str | Sweep)):
+            none = value is None and group in ("experiment", "debug")
+            if not (none or isinstance(value, str | Sweep)):
                 raise ValueError(f"{group}={typed}: expected the name of one of its options")
 
 
@@ -222,6 +232,8 @@ def arguments(words: list[str]) -> tuple[Any, list[str]]:
     places = [args.config_dir] if args.config_dir is not None else []
     overrides = []
     for word in args.overrides:
+        if len(word.splitlines()) > 1:  # as of a command in commands.txt
+            raise ValueError(f"{' '.join(word.split())}: has a line break; expected a single line")
         if word.startswith("hydra.searchpath="):
             with suppress(HydraException):  # which Hydra will say
                 given: Any = OverridesParser.create().parse_override(word).value()
@@ -264,6 +276,8 @@ def run(main: Callable[[], Any]) -> None:
     if WORKER in os.environ:
         threading.Thread(target=stop_with_launcher, daemon=True).start()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # so that Hydra leaves its errors to us
+    if not FULL:
+        os.environ[OURS] = "1"  # for the processes that a launcher starts
     error: Exception | None = None
     Report.composed = False
     try:
@@ -284,6 +298,7 @@ def run(main: Callable[[], Any]) -> None:
         if words and not Report.composed and not is_mistake(raised):
             error = ValueError(f"{' '.join(words)}: cannot be set to that ({first_line(raised)})")
     finally:
+        os.environ.pop(OURS, None)
         distributed.destroy()
     left = [f for f in Report.folders if error and (f / "error.txt").exists()]
     if error and (FULL or not (Report.failures or left or is_mistake(error))):

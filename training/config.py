@@ -3,6 +3,8 @@
 import hashlib
 import json
 import os
+import re
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any, cast
@@ -22,11 +24,28 @@ OUTSIDE = (
 )
 OUTSIDE_GROUPS = ("runtime.", "checkpoint.", "probe.")
 
-# Keys that have no effect where another is given.
-IN_PLACE_OF = {
-    "recipe.epochs": "recipe.updates",
-    "norm.groups": "norm.channels_per_group",
-}
+# A key, another, the values of that beside which it has an effect, and the same in words.
+EFFECT: list[tuple[str, str, Callable[[Any], bool], str]] = [
+    ("recipe.epochs", "recipe.updates", lambda x: x is None, "=null"),
+    ("recipe.milestones", "recipe.schedule", lambda x: x == "step", "=step"),
+    ("recipe.lr_decay", "recipe.schedule", lambda x: x == "step", "=step"),
+    ("recipe.momentum", "recipe.optimizer", lambda x: x == "sgd", "=sgd"),
+    ("recipe.nesterov", "recipe.optimizer", lambda x: x == "sgd", "=sgd"),
+    ("recipe.nesterov", "recipe.momentum", lambda x: x != 0, " above 0"),
+    ("recipe.betas", "recipe.optimizer", lambda x: x == "adamw", "=adamw"),
+    ("recipe.weight_decay_norms", "recipe.weight_decay", lambda x: x != 0, " above 0"),
+    ("recipe.clip_factor", "recipe.clip", lambda x: x == "agc", "=agc"),
+    ("norm.groups", "norm.channels_per_group", lambda x: x is None, "=null"),
+    ("norm.rate", "norm.statistics", lambda x: x != "batch", " that is not batch"),
+    ("evaluation.batches", "evaluation.statistics", lambda x: x == "precise", "=precise"),
+    (
+        "evaluation.batch_size",
+        "evaluation.statistics",
+        lambda x: x != "running",
+        " that is not running",
+    ),
+    ("probe.every", "probe.name", lambda x: x != "none", " that is not none"),
+]
 
 
 def times(factor: Any, number: Any) -> Any:
@@ -37,6 +56,10 @@ def times(factor: Any, number: Any) -> Any:
 OmegaConf.register_new_resolver("times", times, replace=True)
 OmegaConf.register_new_resolver("processes", distributed.world_size, replace=True)
 
+
+# An interpolation whose value the rest of the configuration does not tell; that of a time counts as
+# it is written, so that the same command goes on.
+FOREIGN = re.compile(r"(?!.*\$\{now:).*\$\{(?!times:|processes:)[\w.]+:", re.DOTALL)
 
 MOVED = "moved_to"  # in a folder without a run: the name of the run of this configuration
 RENAMED = {  # keys of stored runs that have another name now
@@ -70,11 +93,15 @@ def flatten(config: Any, resolve: bool = False) -> dict[str, Any]:
     return flat
 
 
+def outside(key: str) -> bool:
+    return key in OUTSIDE or key.startswith(OUTSIDE_GROUPS)
+
+
 def identity(config: Any) -> dict[str, Any]:
     """The keys that can change a result. Paths do not, but the name of a folder of images stands
     for the data set, whose files `training/dataset.py` compares."""
     flat = flatten(config)
-    keys = {k: v for k, v in flat.items() if k not in OUTSIDE and not k.startswith(OUTSIDE_GROUPS)}
+    keys = {k: v for k, v in flat.items() if not outside(k)}
     devices = keys.pop("devices", 1)
     keys["devices"] = devices if isinstance(devices, int) else distributed.world_size()
     if keys["devices"] == 1:  # as before there was such a key
@@ -83,6 +110,38 @@ def identity(config: Any) -> dict[str, Any]:
     if flat.get("data.name") == "folder" or flat.get("data.verify_counts") is False:
         keys["data.root"] = os.path.basename(os.path.normpath(str(flat["data.root"])))
     return keys
+
+
+def settle(cfg: DictConfig) -> None:
+    """Put values in place of what `FOREIGN` finds: they count, and are kept with the run."""
+    for key, value in flatten(cfg).items():
+        if (key == "data.root" or not outside(key)) and FOREIGN.match(str(value)):
+            OmegaConf.update(cfg, key, flatten(cfg, resolve=True)[key])
+
+
+def different(there: dict[str, Any], ours: dict[str, Any]) -> list[str]:
+    """The keys in which two identities differ, in words."""
+    absent = object()
+    return [
+        f"{key} is {there.get(key, 'absent')} there and {ours.get(key, 'absent')} here"
+        for key in sorted(there | ours)
+        if there.get(key, absent) != ours.get(key, absent)
+    ]
+
+
+def different_run(kept: dict[str, Any], ours: dict[str, Any]) -> list[str]:
+    """The keys in which a file that holds its run's identity, `kept`, is not one of the run `ours`;
+    older files do not hold all of them."""
+    there = ours | {RENAMED.get(key, key): value for key, value in kept.items()}
+    return different(there | {"data.root": None}, ours | {"data.root": None})
+
+
+def different_result(result: dict[str, Any], ours: dict[str, Any]) -> list[str]:
+    """The same of a result."""
+    names = {"batch": "batch_size", "seed": "seed"}
+    names |= {f"{key}.name": key for key in ("protocol", "data", "recipe")}
+    told = {key: result[name] for key, name in names.items()}
+    return different_run(result.get("identity", {}) | told, ours)
 
 
 def choices() -> dict[str, str]:
@@ -100,7 +159,7 @@ def defaults(cfg: DictConfig) -> DictConfig:
     groups = ["norm"]
     if chosen["experiment"]:
         groups += ["experiment"]
-    elif named.startswith("${"):
+    elif named.startswith("${data.name}"):
         groups += ["data", "protocol", *(["model"] if chosen["model"] == cfg.model.name else [])]
     return composed(*(f"{group}={chosen[group]}" for group in groups))
 
@@ -205,6 +264,7 @@ def typed(cfg: DictConfig) -> Config:
 
 def check(cfg: DictConfig) -> Config:
     """Raise `ValueError`, in one line, for a value that no run can have."""
+    settle(cfg)
     groups = ["data", "model", "norm", "probe", "protocol", "recipe"]
     for group in groups:
         if not choices().get(group):
@@ -213,14 +273,6 @@ def check(cfg: DictConfig) -> Config:
         raise ValueError("model.name=???: needs a value, such as model.name=resnet18")
     if cfg.recipe.epochs is None and cfg.recipe.updates is None:
         raise ValueError("recipe.epochs=null: expected a number, of epochs or recipe.updates")
-    for key, other in IN_PLACE_OF.items():
-        given = [o for o in HydraConfig.get().overrides.task if o.lstrip("+").startswith(f"{key}=")]
-        value, rules = (OmegaConf.select(cfg, name) for name in (key, other))
-        if given and None not in (value, rules) and not choices().get("debug"):
-            raise ValueError(
-                f"{key}={value}: has no effect beside {other}={rules}; expected {other}=null, or "
-                f"no {key}"
-            )
     if choices().get("debug"):
         groups.append("debug")
     base = flatten(composed(*(f"{group}={choices()[group]}" for group in groups)))
@@ -238,6 +290,20 @@ def check(cfg: DictConfig) -> Config:
             continue
         if expected := refusal(key, value, default):
             raise ValueError(f"{key}={shown(value)}: expected {expected}")
+        group, _, last = key.partition(".")
+        if last == "name" and group != "model" and value != default:  # with keys of another
+            raise ValueError(
+                f"{key}={shown(value)}: an option is chosen as {group}={shown(value)}; expected "
+                f"{default}, or no {key}"
+            )
+    words = [word.lstrip("+").split("=")[0] for word in HydraConfig.get().overrides.task]
+    for key, other, has_effect, expected in () if choices().get("debug") else EFFECT:
+        given = key in words and own[key] not in (None, False)
+        if given and other in own and not has_effect(own[other]):
+            raise ValueError(
+                f"{key}={shown(own[key])}: has no effect beside {other}={shown(own[other])}; "
+                f"expected {other}{expected}, or no {key}"
+            )
     if own["evaluation.statistics"] == "batch" and own["evaluation.alpha"]:
         raise ValueError(
             f"evaluation.alpha={own['evaluation.alpha']}: weighs an image against running "

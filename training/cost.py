@@ -15,6 +15,7 @@ import data
 from data.imagenet import CLASSES, TRAIN, VAL
 from training import protocol
 from training.config import typed
+from training.evaluation import batch_norms
 from training.files import read_result
 from training.optimizer import build
 from training.restore import network
@@ -33,11 +34,13 @@ class Row:
     plan: protocol.Plan
     epochs: float
     updates: int
-    test_images: int
-    """In all evaluations of a run."""
+    forward_images: int
+    """Beside those of the updates: in all evaluations of a run."""
     memory: int
     """Bytes."""
     batch_independent: bool
+    second_pass: bool
+    """Whether the images of an update pass once more."""
     runs: int = 0
     left: int = 0
     """Runs that are not over."""
@@ -50,8 +53,8 @@ class Row:
     @property
     def hours(self) -> float:
         """Of one run."""
-        evaluation = self.test_images * FORWARD * self.seconds / self.plan.sgd_batch
-        return (self.updates * self.seconds + evaluation) / 3600
+        forward = FORWARD / (1 + FORWARD * self.second_pass) * self.seconds / self.plan.sgd_batch
+        return (self.updates * self.seconds + self.forward_images * forward) / 3600
 
 
 def shape_of_data(cfg: DictConfig, plan: protocol.Plan) -> tuple[int, int, int, int]:
@@ -93,7 +96,7 @@ def measure(row: Row, shape: tuple[int, ...], classes: int, where: torch.device)
         enough = 64 if shape[-1] <= 64 else 8
         images = min(plan.micro_batch, plan.batch * math.ceil(enough / plan.batch))
     with torch.device(where):
-        _, model = network(cfg, plan, classes, shape[1])
+        scheme, model = network(cfg, plan, classes, shape[1])
         model.train()
         optimizer = build(model, cfg.recipe, 0.0)
         x, y = torch.randn(images, *shape[1:]), torch.randint(classes, (images,))
@@ -107,6 +110,9 @@ def measure(row: Row, shape: tuple[int, ...], classes: int, where: torch.device)
             logits = model(x)
         F.cross_entropy(logits.float(), y).backward()
         optimizer.step()
+        if scheme.second_pass:
+            with torch.no_grad(), scheme.second_pass(model), cast:
+                model(x)
         if where.type == "cuda":
             torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
@@ -134,15 +140,22 @@ def rows(found: list[Cell], speed: float | None, where: torch.device, limit: flo
             test = settings.get("test_images") or TEST_IMAGES.get(settings.name, 0)
             test = round(images * settings.holdout) or test
             epochs = updates / per_epoch
+            evaluations = max(1, int(epochs / recipe.eval_every))
+            forward = test * evaluations
+            by = cell.cfg.evaluation
+            if by.statistics == "precise" and batch_norms(model):
+                last = max(1, int((epochs - recipe.freeze_statistics) / recipe.eval_every))
+                forward += min(evaluations, last) * min(by.batches * by.batch_size, int(train))
             row = made[key] = Row(
                 cell.cfg,
                 " ".join([scheme_of(cell), *own]),
                 plan,
                 epochs,
                 updates,
-                test * max(1, int(epochs / recipe.eval_every)),
+                forward,
                 needs,
                 scheme.batch_independent,
+                scheme.second_pass is not None,
             )
         row = made[key]
         row.runs += 1
@@ -153,6 +166,7 @@ def rows(found: list[Cell], speed: float | None, where: torch.device, limit: flo
     for row in made.values():
         if speed:
             row.seconds, row.source = row.plan.sgd_batch / speed, "given"
+            row.seconds *= 1 + FORWARD * row.second_pass
         elif row.speeds:
             mean = sum(row.speeds) / len(row.speeds)
             row.seconds = row.plan.sgd_batch / mean

@@ -24,9 +24,11 @@ import norms
 from data.stream import regroup
 from data.transforms import CROPS
 from norms.layer import Leaf
+from training import dataset, distributed, protocol
 from training import device as devices
-from training import distributed, protocol
+from training.cli import as_typed
 from training.config import check, typed
+from training.files import read_data
 from training.messages import MISTAKES
 from training.restore import configuration, read_finished, trained
 from training.schema import Evaluation
@@ -183,6 +185,7 @@ def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> dict
 
 def with_overrides(run: DictConfig, overrides: list[str]) -> DictConfig:
     """A run's configuration with other data or another device. Raises what composing raises."""
+    overrides = [as_typed(word) for word in overrides]
     keys = [str(o.key_or_group) for o in OverridesParser.create().parse_overrides(overrides)]
     for key, word in zip(keys, overrides, strict=True):
         if key not in OWN and not key.startswith(OWN_GROUPS):
@@ -191,7 +194,8 @@ def with_overrides(run: DictConfig, overrides: list[str]) -> DictConfig:
                 f"{', '.join(OWN)}"
             )
     with composing():
-        words = overrides if "data" in keys else [f"data={run.data.name}", *overrides]
+        words = [] if "data" in keys else [f"data={run.data.name}"]
+        words += [f"evaluation.statistics={evaluated_by(run).statistics}", *overrides]
         own, full = composed(*words)
         HydraConfig.instance().set_config(full)
         check(own)
@@ -234,10 +238,20 @@ def normalize_as(loader: Any, pixels: dict[str, Any]) -> bool:
     return reverse
 
 
-def trained_on(cfg: DictConfig, where: torch.device) -> Any:
+def check_data(run: Path, cfg: DictConfig, source: data.Source) -> None:
+    """Raise `ValueError` if the images of a run's own configuration are others by now."""
+    if differ := dataset.compare(run, cfg, source.listing):
+        raise ValueError(
+            f"data.root={cfg.data.get('root')}: not the data of {run} any more "
+            f"({'; '.join(differ)}); data.root=PATH evaluates on others of the same classes"
+        )
+
+
+def trained_on(run: Path, cfg: DictConfig, where: torch.device) -> Any:
     """The training images of a run as it saw them."""
     plan = protocol.plan(typed(cfg))
     source = data.resolve(cfg.data, plan.sgd_batch, cfg.recipe)
+    check_data(run, cfg, source)
     return data.load(
         *(source, cfg.data, cfg.recipe, plan.sgd_batch, cfg.seed, where), debug=cfg.get("debug")
     )
@@ -252,12 +266,15 @@ def measure(run: Path, overrides: list[str], folded: bool, averaged: bool) -> di
     result = read_finished(run) if (run / "result.json").exists() else None
     images = home = Images(cfg)
     same = cfg.data == OmegaConf.merge(cfg.data, own.data)
+    kept = run / dataset.FILE
     if not same and not result:
         home = Images(own)
-    elif not same:
+    elif not same and not kept.exists():
         with suppress(*MISTAKES):  # it need not be there any more
             home = Images(own)
     source = images.source
+    if not result or not {"data", "data.root"} & {word.split("=")[0] for word in overrides}:
+        check_data(run, own, home.source)
     classes = result["classes"] if result else home.source.num_classes
     channels = result["image_shape"][0] if result else home.source.channels
     if (source.num_classes, source.channels) != (classes, channels):
@@ -282,7 +299,8 @@ def measure(run: Path, overrides: list[str], folded: bool, averaged: bool) -> di
         origin = loader if same else home.load(torch.device("cpu"), debug)
         pixels = {"mean": origin.mean, "std": origin.std, "reversed": origin.reversed}
     reverse = normalize_as(loader, pixels)
-    for i, (here, there) in enumerate(zip(source.classes, home.source.classes, strict=False)):
+    theirs = list(read_data(kept)["files"]["train"]) if kept.exists() else home.source.classes
+    for i, (here, there) in enumerate(zip(source.classes, theirs, strict=False)):
         if here != there:
             raise ValueError(
                 f"data={cfg.data.name}: class {i} is {here}, the run's is {there}; expected the "
@@ -304,7 +322,9 @@ def measure(run: Path, overrides: list[str], folded: bool, averaged: bool) -> di
     model.to(where).to(memory_format=layout)
     half = torch.float16 if cfg.recipe.precision == "float16" else torch.bfloat16
     with torch.autocast(where.type, half, enabled=cfg.recipe.precision != "float32"):
-        model = with_statistics(model, by.statistics == "precise" and trained_on(own, where), by)
+        model = with_statistics(
+            model, by.statistics == "precise" and trained_on(run, own, where), by
+        )
         if folded:
             model = norms.fold(model)
         model.register_forward_hook(answer)

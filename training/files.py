@@ -4,7 +4,6 @@ import csv
 import json
 import math
 import os
-import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,6 +33,20 @@ RESULT: dict[str, tuple[type, ...]] = {  # key of result.json: what it may be
     "threads": (int,),
     "device": (str,),
     "versions": (dict,),
+}
+WHOLE = ("micro_batch", "devices", "train_images", "test_images", "ignored_files", "classes")
+LATER: dict[str, tuple[type, ...]] = {  # which older results lack
+    **dict.fromkeys((*WHOLE, "unreadable_images"), (int,)),
+    **dict.fromkeys(("batch_independent", "graph", "channels_last"), (bool,)),
+    **dict.fromkeys(("study", "compiled_reason"), (str,)),
+    **dict.fromkeys(("learning_rate", "ema"), NUMBER),
+    **dict.fromkeys(("pixels", "identity"), (dict,)),
+    "compiled": (str, bool),
+    "test_loss": (*NUMBER, type(None)),
+    "diverged_at_update": (int, type(None)),
+    "evaluation": (dict, type(None)),
+    "debug": (str, type(None)),
+    "image_shape": (list,),
 }
 RENAMED = {  # keys of older results
     "sgd_batch": "sgd_batch_size",
@@ -94,14 +107,11 @@ def read(path: Path, *keys: str) -> dict[str, Any]:
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """A checkpoint of a run. Raises `ValueError` with its name if it is damaged."""
-    import torch  # which tables do without
+    from models import weights  # with torch, which tables do without
 
     with damaged(path, Exception):  # of pickle, zipfile and torch, for whatever stands in the file
-        with zipfile.ZipFile(path) as archive:  # torch writes checksums, but does not look at them
-            if wrong := archive.testzip():
-                raise ValueError(f"{wrong} has another checksum")
-        content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    return content
+        content: dict[str, Any] = weights.read(path)
+        return content
 
 
 def read_result(folder: Path) -> dict[str, Any]:
@@ -114,17 +124,19 @@ def read_result(folder: Path) -> dict[str, Any]:
     with damaged(path, ValueError):
         if result["status"] not in ("finished", "diverged"):
             raise ValueError(f"status is {result['status']}; expected finished or diverged")
-        for key, types in RESULT.items():
+        for key, types in (RESULT | {k: v for k, v in LATER.items() if k in result}).items():
             if key not in result:
                 raise ValueError(f"no {key} in it")
             value = result[key]
-            if not isinstance(value, types) or isinstance(value, bool):
+            if type(value) not in types:
                 expected = " or ".join(t.__name__.replace("NoneType", "null") for t in types)
                 raise ValueError(f"{key} is {value!r}; expected {expected}")
             if key in ACCURACIES and value is None and result["status"] == "finished":
                 raise ValueError(f"{key} is null in a finished run")
             if key in ACCURACIES and isinstance(value, NUMBER) and not 0 <= value <= 100:
                 raise ValueError(f"{key} is {value}; expected 0 to 100")
+            if type(value) in NUMBER and not value >= 0:
+                raise ValueError(f"{key} is {value}; expected no less than 0")
     return result
 
 

@@ -70,9 +70,16 @@ def explain(error: BaseException) -> str:
         unknown = re.match(r"Could not override '([^']*)'", str(error))
         if unknown:
             key = getattr(cause, "full_key", None) or unknown[1]
-            keys = known_keys()
+            group = key.split(".")[0]
+            swept = next((w for w in sys.argv if re.match(rf"{group}=\S+,", w)), "")
+            options = swept.partition("=")[2].split(",")
+            keys = known_keys([f"{group}={option}" for option in options if swept])
+            if key in keys:
+                return f"{key}: not all of {swept} have it; expected a key of all, or two commands"
             return f"{key}: no such key{suggest(key, keys)}; --help lists all"
-        return first_line(error) + (f" ({first_line(cause)})" if cause else "")
+        place = getattr(error, "full_key", None)
+        where = f"{place}: " if place and place not in first_line(error) else ""
+        return where + first_line(error) + (f" ({first_line(cause)})" if cause else "")
     if isinstance(error, OSError) and error.filename:
         full = "; runtime.runs and data.cache name the folders that are written"
         return f"{error.filename}: {error.strerror}{full if error.errno in FULL_DISK else ''}"
@@ -83,11 +90,15 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".:")
 
 
-def known_keys() -> list[str]:
+def known_keys(swept: list[str]) -> list[str]:
+    """Of the configuration that was asked for, with any of some choices."""
     from hydra import compose, initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
 
     GlobalHydra.instance().clear()
+    keys: set[str] = {"experiment"}
+    chosen = [word for word in sys.argv if CHOICE.fullmatch(word)]
     with initialize_config_dir(str(process.ROOT / "configs"), version_base="1.3"):
-        keys = list(flatten(compose("config", [w for w in sys.argv if CHOICE.fullmatch(w)])))
-    return sorted({*keys, *(k.split(".")[0] for k in keys), "experiment"})
+        for one in swept or [""]:
+            keys |= set(flatten(compose("config", [*chosen, *filter(None, [one])])))
+    return sorted({*keys, *(key.split(".")[0] for key in keys)})

@@ -43,12 +43,18 @@ def set_handlers(handler: signal.Handlers | None = None) -> None:
 
 
 def run_script(main: Callable[[], object]) -> None:
-    """Call the `main` of a script, which Ctrl-C ends in a line; files are whole or not there."""
+    """Call the `main` of a script. Ctrl-C ends it in a line, as does an output that nobody takes;
+    files are whole or not there, and written before anything is printed."""
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115  # which was closed
     try:
         main()
+        sys.stdout.flush()
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
+    except OSError as error:
+        print(f"error: standard output: {error.strerror}", file=sys.stderr)
+        os._exit(1)  # Python would try once more to print
 
 
 @contextmanager

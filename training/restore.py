@@ -10,7 +10,7 @@ import models
 import norms
 from models.weights import of_checkpoint
 from training import protocol
-from training.config import read_config, typed
+from training.config import different_result, different_run, identity, read_config, typed
 from training.files import read_checkpoint, read_result
 
 
@@ -31,9 +31,17 @@ def configuration(run: Path) -> Any:
     return OmegaConf.create(read_config(file, "batch", "norm", "model", "protocol", "recipe"))
 
 
+def check_own(file: Path, differ: list[str]) -> None:
+    if differ:
+        raise ValueError(
+            f"{file}: of another run ({'; '.join(differ)}); overwrite=true trains anew"
+        )
+
+
 def read_finished(run: Path) -> dict[str, Any]:
-    """What a finished run came to. Raises `ValueError` if it diverged."""
+    """What a finished run came to. Raises `ValueError` if it diverged, or if it was another run."""
     result = read_result(run)
+    check_own(run / "result.json", different_result(result, identity(configuration(run))))
     if result["status"] == "diverged":
         raise ValueError(f"{run}: diverged, so it has no trained network; expected a finished run")
     return result
@@ -46,6 +54,8 @@ def trained(
     weights where there is one and `averaged`; its scheme; the checkpoint."""
     scheme, model = network(cfg, protocol.plan(typed(cfg)), classes, channels)
     state = read_checkpoint(run / "last.pt")
+    own = identity(configuration(run))
+    check_own(run / "last.pt", different_run(state.get("identity", {}), own))
     try:
         model.load_state_dict(of_checkpoint(state, averaged))
     except Exception as error:  # of torch, for whatever the file holds

@@ -29,7 +29,15 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from training import dataset, distributed
-from training.config import cannot_write, folder, identity, read_config
+from training.config import (
+    cannot_write,
+    different,
+    different_result,
+    different_run,
+    folder,
+    identity,
+    read_config,
+)
 from training.files import read_checkpoint, read_result, write
 
 log = logging.getLogger("smallbatch")
@@ -63,17 +71,9 @@ def differences(folder: Path, cfg: DictConfig) -> list[str]:
     there, ours = identity(read_config(file, "batch", "seed")), identity(cfg)
     if (folder / dataset.FILE).exists():  # tells better than a path whether the data are the same
         there["data.root"] = ours["data.root"] = None
-    absent = object()
-    found = [
-        f"{key} is {there.get(key, 'absent')} there and {ours.get(key, 'absent')} here"
-        for key in sorted(there | ours)
-        if there.get(key, absent) != ours.get(key, absent)
-    ]
+    found = different(there, ours)
     if (folder / "result.json").exists():  # which may have come from another folder
-        result = read_result(folder)
-        for key, value in (("batch_size", cfg.batch), ("seed", cfg.seed)):
-            if result[key] != value:
-                found.append(f"result.json: {key} is {result[key]} there and {value} here")
+        found += [f"result.json: {x}" for x in different_result(read_result(folder), ours)]
     return found
 
 
@@ -106,7 +106,11 @@ class Run:
         except Timeout as error:
             raise BusyError(f"{self.folder}: another process is training this run") from error
         except OSError as error:
-            raise cannot_write(cfg, error) from error
+            if cfg.overwrite or not (self.folder / "result.json").exists():
+                raise cannot_write(cfg, error) from error
+            self.check_config(cfg)  # it is over, so that nothing has to be written
+            self.check_data(cfg, listing, writable=False)
+            return
         try:
             if cfg.overwrite:
                 self.clear()
@@ -162,7 +166,7 @@ class Run:
                 f"choose another name= or study=, or delete it with overwrite=true"
             )
 
-    def check_data(self, cfg: DictConfig, listing: Any) -> None:
+    def check_data(self, cfg: DictConfig, listing: Any, writable: bool = True) -> None:
         """Refuse the folder if its run saw other data than these; write down which these are."""
         differ = dataset.compare(self.folder, cfg, listing)
         if differ:
@@ -171,7 +175,8 @@ class Run:
                 f"({'; '.join(differ)}); choose another name= or study=, or delete that run with "
                 f"overwrite=true"
             )
-        dataset.keep(self.folder, cfg, listing)
+        if writable:
+            dataset.keep(self.folder, cfg, listing)
 
     @distributed.broadcast_result
     def result(self) -> dict[str, Any] | None:
@@ -180,7 +185,8 @@ class Run:
 
     @distributed.rank_zero_only
     def finish(self, result: dict[str, Any]) -> None:
-        write(self.folder / "result.json", json.dumps(plain(result), indent=2) + "\n")
+        text = json.dumps(plain(result | {"identity": self.identity}), indent=2)
+        write(self.folder / "result.json", text + "\n")
         (self.folder / "progress.json").unlink(missing_ok=True)
 
     @distributed.rank_zero_only
@@ -223,8 +229,7 @@ class Run:
             problem = "damaged"
             with suppress(ValueError):
                 state = read_checkpoint(file)
-                kept = state.get("identity", {})
-                if any(kept.get(key, value) != value for key, value in self.identity.items()):
+                if different_run(state.get("identity", {}), self.identity):
                     problem = "of another run"
                 elif set(state) >= CHECKPOINT:
                     self.saved = state["progress"]["update"]

@@ -16,7 +16,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, open_dict
 
-from training.config import check, folder
+from training.config import check, folder, settle
 from training.files import read_progress, read_result, write
 from training.messages import MISTAKES, explain
 
@@ -86,6 +86,7 @@ def cells(jobs: list[list[str]], checked: bool = False) -> list[Cell]:
             for key, value in numbers.items():
                 cfg[key] = int(value)
             HydraConfig.instance().set_config(full)
+            settle(cfg)
             if checked:
                 check(cfg)
             found.append(Cell(job, cfg, folder(cfg)))

@@ -5,11 +5,14 @@ import http.server
 import pickle
 import tarfile
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 from omegaconf import OmegaConf
 from PIL import Image
 from sklearn.datasets import load_digits
@@ -307,10 +310,21 @@ def archive(tmp_path, monkeypatch):
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.filterwarnings("ignore:Python 3.14 will:DeprecationWarning")  # torchvision 0.26
-def test_cifar_is_downloaded_once(archive, tmp_path):
+def test_cifar_is_downloaded_once(archive, tmp_path, monkeypatch):
     base, packed = archive
     cache = tmp_path / "cache"
-    train, test = cifar("cifar10", None, str(cache)).read()
+    read = lambda _: cifar("cifar10", None, str(cache)).read()  # noqa: E731
+    extract, extracting = torchvision.datasets.utils.extract_archive, []
+
+    def slowly(*args):
+        extracting.append(args)
+        time.sleep(0.2)
+        extract(*args)
+
+    monkeypatch.setattr(torchvision.datasets.utils, "extract_archive", slowly)
+    with ThreadPoolExecutor(3) as pool:  # as runs that start together
+        train, test = list(pool.map(read, range(3)))[-1]
+    assert len(extracting) == 1
     assert (len(train), len(test)) == (100, 20)
     with open(base / "data_batch_1", "rb") as file:
         first = pickle.load(file)["data"][0].reshape(3, 32, 32)

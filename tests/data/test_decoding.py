@@ -38,9 +38,10 @@ def turned():
     return exif
 
 
-def tiff(pixels, bits, sample=1):
-    """A grey TIFF without compression; `sample`: 1 unsigned, 2 signed, 3 floating-point."""
-    tags = [(256, SIZE), (257, SIZE), (258, bits), (259, 1), (262, 1), (273, 8), (277, 1)]
+def tiff(pixels, bits, sample=1, photometric=1):
+    """A grey TIFF without compression; `sample`: 1 unsigned, 2 signed, 3 floating-point;
+    `photometric`: 1 black is zero, 0 white is."""
+    tags = [(256, SIZE), (257, SIZE), (258, bits), (259, 1), (262, photometric), (273, 8), (277, 1)]
     tags += [(278, SIZE), (279, len(pixels)), (339, sample)]
     entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
     return b"II*\0" + struct.pack("<I", 8 + len(pixels)) + pixels + b"\x0a\0" + entries + bytes(4)
@@ -100,6 +101,9 @@ def test_of_an_animation_the_first_frame(tmp_path, read):
 DEEP = {
     "16.png": lambda file: Image.fromarray((RAMP * 458).astype(np.uint16)).save(file),
     "16.tif": lambda file: file.write_bytes(tiff((RAMP * 458).astype("<u2").tobytes(), 16)),
+    "white-is-zero.tif": lambda file: file.write_bytes(
+        tiff((65535 - RAMP * 458).astype("<u2").tobytes(), 16, photometric=0)
+    ),
     "16.pgm": lambda file: file.write_bytes(
         b"P5 12 12 65535\n" + (RAMP * 458).astype(">u2").tobytes()
     ),

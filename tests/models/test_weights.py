@@ -152,6 +152,11 @@ def test_files_that_hold_no_weights(tmp_path):
     assert "last.pt: does not exist" in refused("run")
     (tmp_path / "w.pt").write_bytes(b"nothing")
     assert "damaged or of another format" in refused("w.pt")
+    torch.save(build().state_dict(), tmp_path / "w.pt")
+    content = bytearray((tmp_path / "w.pt").read_bytes())
+    content[len(content) // 2] ^= 1  # which torch.load would take
+    (tmp_path / "w.pt").write_bytes(content)
+    assert "damaged or of another format" in refused("w.pt")
     (tmp_path / "w.safetensors").write_bytes(b"nothing")
     assert "damaged or of another format" in refused("w.safetensors")
     torch.save({"model": argparse.Namespace()}, tmp_path / "w.pt")

@@ -139,7 +139,7 @@ def test_files_of_another_run(study):
     shutil.copy(study / "bn-b2-s1" / "result.json", study / "bn-b2-s0")
     shutil.copy(study / "bn-b2-s0" / "metrics.csv", study / "bn-b2-s1")
     runs = reporting.runs(study).set_index("run")
-    assert "(seed is 1, the run's is 0)" in runs.loc["bn-b2-s0", "error"]
+    assert "seed is 1 there and 0 here" in runs.loc["bn-b2-s0", "error"]
     told = "metrics.csv: cannot be read (it ends with test_top1 90.0, result.json says 91.0)"
     assert told in runs.loc["bn-b2-s1", "error"]
 
@@ -197,3 +197,14 @@ def test_no_torch_and_no_training_loop():
         "assert not {'torch', 'training.loop', 'training.run'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+@pytest.mark.parametrize(
+    ("field", "what"),
+    [({"classes": True}, "classes is True; expected int"), ({"threads": -1}, "threads is -1; exp")],
+)
+def test_every_field_of_a_result_is_checked(study, field, what):
+    file = study / "bn-b2-s0" / "result.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | field))
+    runs = reporting.runs(study).set_index("run")
+    assert what in runs.loc["bn-b2-s0", "error"]

@@ -1,5 +1,8 @@
 import csv
+import errno
 import json
+import os
+import shutil
 import sys
 
 import pytest
@@ -10,7 +13,7 @@ from PIL import Image
 import data
 import norms
 from scripts import evaluate
-from training import evaluation, restore
+from training import evaluation, process, restore
 from training.files import write
 
 
@@ -159,6 +162,13 @@ def test_other_data_has_the_pixels_of_the_runs_training(train, evaluated, call, 
     assert (status, err.count("\n")) == (1, 1)
     assert "data=folder: class 9 is nine, the run's is 9; expected the classes of the run" in err
 
+    (tmp_path / "a" / "test" / "9").rename(tmp_path / "a" / "test" / "X")  # before 0 now
+    (tmp_path / "a" / "train" / "9").rename(tmp_path / "a" / "train" / "X")
+    for more in ([], ["data.holdout=0.2"], [f"data.root={other}"]):
+        status, _, err = call(run, *more)
+        assert (status, err.count("\n")) == (1, 1)
+        assert f"data.root={tmp_path / 'a'}: not the data of {run} any more (classes +X -9)" in err
+
 
 def photographs(root):
     generator = torch.Generator().manual_seed(0)
@@ -222,6 +232,21 @@ def test_the_moving_average_is_what_a_run_was_judged_by(train, evaluated):
     assert evaluated(run, "--last")["loss"] != found["loss"]
 
 
+def test_files_are_written_before_anything_is_shown(train, monkeypatch, capfd, tmp_path):
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(evaluate, "show", full)
+    files = [tmp_path / "a.csv", tmp_path / "a.json"]
+    words = [train("batch=8").run(), "--csv", files[0], "--json", files[1]]
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, words)])
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    with pytest.raises(SystemExit, match="1"):
+        process.run_script(evaluate.main)
+    assert capfd.readouterr().err == "error: standard output: No space left on device\n"
+    assert all(file.stat().st_size for file in files)
+
+
 def test_of_many_classes_the_two_ends(capsys):
     rows = [
         {"class": i, "name": f"c{i}", "images": 4, "correct": i % 5, "top1": 25.0 * (i % 5)}
@@ -264,7 +289,14 @@ def test_mistakes_get_one_line_and_leave_nothing(train, call, tmp_path):
     assert "1 channels" not in (err := refused(run, "data=synthetic"))
     assert "data=synthetic: 10 classes and 3 channels; expected the run's 10 and 1" in err
     assert "data.root=/nowhere: does not exist" in refused(run, "data=folder", "data.root=/nowhere")
+    assert "data.root=1_0: does not exist" in refused(run, "data=folder", "data.root=1_0")
     assert "its folder does not exist" in refused(run, "--csv", tmp_path / "no" / "c.csv")
+    other = train("seed=1").run("bn-b32-s1")
+    for file in ("result.json", "last.pt"):
+        ours = (run / file).read_bytes()
+        shutil.copy(other / file, run)
+        assert f"{run / file}: of another run (seed is 1 there and 0 here" in refused(run)
+        (run / file).write_bytes(ours)
     write(run / "result.json", json.dumps(result | {"status": "diverged"}))
     assert "diverged" in refused(run)
     write(run / "result.json", json.dumps(result))

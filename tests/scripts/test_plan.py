@@ -45,6 +45,33 @@ def test_epochs_updates_and_hours():
     assert "warning" not in text
 
 
+def test_what_passes_beside_the_updates_counts():
+    """Images for precise statistics, at most an epoch's, and a second pass of each batch."""
+    plain, precise, frozen, twice = (
+        plan("data=cifar10", "batch=100", "recipe.epochs=2", *more)[0]
+        for more in (
+            ["norm=bn"],
+            ["norm=bn", "evaluation.statistics=precise"],
+            ["norm=bn", "evaluation.statistics=precise", "recipe.freeze_statistics=1"],
+            ["norm=mbn"],
+        )
+    )
+    assert plain.forward_images == 20_000
+    assert precise.forward_images == 40_000
+    assert frozen.forward_images == 30_000
+    assert plain.hours == pytest.approx((100_000 + 20_000 / 3) / 1000 / 3600)
+    assert twice.hours - plain.hours == pytest.approx(100_000 / 3 / 1000 / 3600)
+
+
+def test_options_of_your_own(tmp_path, monkeypatch, capsys):
+    (tmp_path / "norm").mkdir()
+    (tmp_path / "norm" / "mine.yaml").write_text("name: gn\ngroups: 4\nchannels_per_group: null\n")
+    words = [f"--config-dir={tmp_path}", "norm=mine", f"runtime.runs={tmp_path}", "--speed", "9"]
+    monkeypatch.setattr(sys, "argv", ["plan.py", *words])
+    main()
+    assert "mine" in capsys.readouterr().out
+
+
 def test_imagenet_need_not_be_there():
     (row,) = plan(
         "data=imagenet", "norm=bn", "batch=32", "protocol=ghost", "protocol.sgd_batch=256"

@@ -37,7 +37,8 @@ IMPORTED = ("train", "scripts.evaluate", "scripts.study", "scripts.table", "repo
             "PIL.WebPImagePlugin", "PIL.TiffImagePlugin")  # fmt: skip
 TIMES = {"images_per_second", "seconds", "wall_seconds", "train_seconds", "epoch_seconds"}
 TIMES |= {"compiled_reason", "reason", "run/images_per_second"}
-UNCOMPARED = {"log.txt", "progress.json", ".lock", ".commands.lock", ".table.lock", "multirun.yaml"}
+UNCOMPARED = {"log.txt", "progress.json", ".lock", ".commands.lock", ".table.lock"}
+UNCOMPARED |= {"multirun.yaml", "nowhere"}  # Hydra's own, and where a link of that name leads it
 
 
 def warm() -> None:
