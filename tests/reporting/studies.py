@@ -74,7 +74,7 @@ def put(
         "norm": norm,
         "batch_size": batch,
         "sgd_batch_size": cfg.protocol.sgd_batch or batch,
-        "protocol": protocol,
+        "protocol": cfg.protocol.name,
         "model": cfg.model.name,
         "data": cfg.data.name,
         "recipe": cfg.recipe.name,

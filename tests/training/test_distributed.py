@@ -292,7 +292,7 @@ def test_submitit_starts_the_processes_of_a_run(tmp_path):
     process = launch(tmp_path, *args, "batch=4", by=[])
     _, err = process.communicate()
     assert process.returncode == 0, err
-    assert result(tmp_path)["devices"] == 2
+    assert result(tmp_path, "gn")["devices"] == 2
 
 
 def test_devices_are_those_that_there_are(train):
