@@ -35,15 +35,15 @@ lr)
     ;;
 runs)
     for batch in 2 32; do
-        printf "norm=%s batch=$batch recipe.lr=0.2\n" bn bcn mabn brn_short powernorm
-        printf "norm=%s batch=$batch recipe.lr=0.1\n" cbn online mimicnorm xbn
+        printf "norm=%s batch=$batch recipe.lr=0.2\n" bn bcn mabn brn_short
+        printf "norm=%s batch=$batch recipe.lr=0.1\n" cbn online xbn
+        printf "norm=%s batch=$batch recipe.lr=0.05\n" mbn powernorm mimicnorm
         echo "norm=bn_init batch=$batch recipe.lr=0.4"
-        echo "norm=mbn batch=$batch recipe.lr=0.1"
         [ $batch = 2 ] || continue  # the others have no batch statistics
         echo "norm=gn recipe.lr=0.4 norm.channels_per_group=2 batch=32"
         echo "norm=ws_gn recipe.lr=0.1 norm.channels_per_group=8 batch=32"
         echo "norm=pws recipe.lr=0.1 batch=32"
-        echo "norm=nf recipe.clip=agc recipe.lr=0.1 batch=32"
+        echo "norm=nf recipe.clip=agc recipe.lr=0.4 batch=32"
     done
     ;;
 esac | xargs -P "${JOBS:-1}" -I {} bash -c 'train {}'
