@@ -4,12 +4,11 @@
 #   bash results/family/study.sh FOLDER PART     FOLDER: CIFAR-10 as train/<class>/<image>, test/...
 #
 # PART is lr (the learning rates of the schemes whose rates ../cifar10/lr does not choose, by one
-# epoch) or runs (the study). JOBS runs at a time; small files are kept here as each run ends.
+# epoch), runs (the study) or evaluation (bn at 2 by all statistics, after runs and from its
+# checkpoint). JOBS runs at a time; small files are kept here as each run ends.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 images=$(realpath "$1") part=$2 here=results/family
-mkdir -p "$here/$part" "runs/family_$part"
-cp -rn "$here/$part/." "runs/family_$part"
 
 train() {
     python train.py experiment=family "study=family_$part" "data.root=$images" seed=0 \
@@ -25,6 +24,30 @@ train() {
 export -f train
 export part images here
 
+evaluate() {  # a line of evaluation.csv: on which images, by what, top-1
+    local found
+    found=$(mktemp)
+    python scripts/evaluate.py "$2" $3 --json "$found" > /dev/null
+    python -c "import json; print('$1,$3,%.2f' % json.load(open('$found'))['top1'])"
+}
+by_all_statistics() {
+    local run held alpha
+    python train.py experiment=family study=family_held "data.root=$images" seed=0 norm=bn batch=2 \
+        recipe.lr=0.2 recipe.eval_every=3 data.holdout=0.1 > /dev/null
+    held=$(echo runs/family_held/bn-b2-*) run=$(echo runs/family_runs/bn-b2-*)
+    for alpha in 0.0 0.1 0.2 0.4 0.6; do evaluate held-out "$held" "evaluation.alpha=$alpha"; done
+    for keys in evaluation.statistics=running evaluation.statistics=precise \
+        "evaluation.statistics=batch evaluation.batch_size=2" \
+        "evaluation.statistics=batch evaluation.batch_size=100" \
+        evaluation.alpha={0.1,0.2,0.4,0.6}; do evaluate test "$run" "$keys"; done
+}
+if [ "$part" = evaluation ]; then
+    by_all_statistics > $here/evaluation.csv
+    exit
+fi
+
+mkdir -p "$here/$part" "runs/family_$part"
+cp -rn "$here/$part/." "runs/family_$part"
 case $part in
 lr)
     for rate in 0.1 0.2 0.4 0.05; do
