@@ -103,9 +103,8 @@ class LayerScaling(nn.Module):
 
     def forward(self, y: Tensor) -> Tensor:
         scale = torch.rsqrt(m.promote(y).square().flatten(1).mean(1) + self.eps)
-        return y * scale.view([-1] + [1] * (y.dim() - 1)).to(
-            y.dtype
-        )  # as torch.jit.script reads it
+        # Not by `over_maps`, which torch.jit.script cannot read.
+        return y * scale.view([-1] + [1] * (y.dim() - 1)).to(y.dtype)
 
     def extra_repr(self) -> str:
         return f"eps={self.eps}"

@@ -24,7 +24,7 @@ import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
-from training.evaluation import measure
+from training.evaluate_run import measure
 from training.files import write
 from training.messages import MISTAKES, explain
 from training.process import run_script

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import traceback
+import warnings
 from pathlib import Path
 
 import training.cli
@@ -26,7 +27,9 @@ class Forked:
         self.returncode: int | None = None
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
-        self.pid = os.fork()
+        with warnings.catch_warnings():  # Python 3.12 warns: pytest-xdist has threads, ours none
+            warnings.simplefilter("ignore", DeprecationWarning)
+            self.pid = os.fork()
         if self.pid == 0:
             try:
                 os._exit(self.child(words, script, environment))

@@ -8,7 +8,7 @@
 # to PART/ here (all but checkpoints and events) within a minute, and put back first, so the same command
 # goes on after anything, on another machine too.
 set -euo pipefail
-part=$2
+part=${2:?lr, runs or direct is expected behind the folder}
 COMMIT=6e80f992d2483818a0341855d946e15fc20ae834
 [ "$part" != lr ] || COMMIT=6c97d3d0dd63b2a6ba559b4c4c1a0595b6ea5191
 WORK=${WORK:-$HOME/smallbatch-$part}

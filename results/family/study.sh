@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# What this folder holds, with the code of this checkout; what is finished is skipped:
+# What this folder holds, with the code of this checkout and the `python` in the PATH; what is
+# finished is skipped:
 #
 #   bash results/family/study.sh FOLDER PART     FOLDER: CIFAR-10 as train/<class>/<image>, test/...
 #
@@ -8,7 +9,7 @@
 # checkpoint). JOBS runs at a time; small files are kept here as each run ends.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
-images=$(realpath "$1") part=$2 here=results/family
+images=$(realpath "$1") part=${2:?lr, runs or evaluation is expected behind the folder} here=results/family
 
 train() {
     python train.py experiment=family "study=family_$part" "data.root=$images" seed=0 \

@@ -181,7 +181,7 @@ def test_files_are_whole_and_leave_nothing_behind(tmp_path, monkeypatch):
     assert file.read_text() == "before"
 
 
-def test_several_tables_of_one_study_at_once(study):
+def test_several_tables_of_one_study_at_once(study, drawn_figures):
     script = ROOT / "scripts" / "table.py"
     several = [Forked([str(study), "--split", "recipe.lr"], script) for _ in range(3)]
     assert [process.communicate()[1] for process in several] == [""] * 3

@@ -13,7 +13,7 @@ from PIL import Image
 import data
 import norms
 from scripts import evaluate
-from training import evaluation, process, restore
+from training import evaluate_run, process, restore
 from training.files import write
 
 
@@ -208,7 +208,7 @@ def test_images_in_memory_with_the_pixels_of_another_run(reverse):
     loader = data.Loader(split, split, 1, 0)
     mean, std = [0.1, 0.2, 0.3], [0.5, 0.6, 0.7]
     pixels = {"mean": mean, "std": std, "reversed": reverse}
-    assert evaluation.normalize_as(loader, pixels) is reverse
+    assert evaluate_run.normalize_as(loader, pixels) is reverse
     [(images, _)] = loader.test(6)
     found = images.flip(1) if reverse else images
     raw = split.images.flip(1) if reverse else split.images
