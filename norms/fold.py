@@ -109,7 +109,9 @@ def _convolutions_before(network: nn.Module) -> tuple[dict[nn.Module, nn.Module]
     kept = {v.node for x in traced.modules() for v in _attributes(x) if isinstance(v, fx.Proxy)}
     parameters = dict(network.named_parameters(remove_duplicate=False))
     read = {parameters.get(str(node.target)) for node in graph.nodes if node.op == "get_attr"}
-    shown = {x for x in network.modules() if (read - {None}).intersection(x._parameters.values())}
+    read_elsewhere = {
+        x for x in network.modules() if (read - {None}).intersection(x._parameters.values())
+    }
     pairs, left = {}, {}
     for node, norm in calls.items():
         before = node.args[0] if len(node.args) == 1 and not node.kwargs else None
@@ -119,7 +121,7 @@ def _convolutions_before(network: nn.Module) -> tuple[dict[nn.Module, nn.Module]
         pair = isinstance(conv, PLAIN) and _is_norm(norm)
         if not pair or uses[conv] != 1 or uses[norm] != 1:
             continue
-        if {conv, norm} & shown:
+        if {conv, norm} & read_elsewhere:
             left[str(node.target)] = "parameters that others read"
         elif before in kept:
             left[str(node.target)] = "an output of the convolution that is kept"
@@ -130,7 +132,7 @@ def _convolutions_before(network: nn.Module) -> tuple[dict[nn.Module, nn.Module]
     if left:
         some = "; ".join(f"{name}: {why}" for name, why in list(left.items())[:3])
         warnings.warn(f"fold: not merged into convolutions: {len(left)} ({some})", stacklevel=3)
-    return pairs, shown
+    return pairs, read_elsewhere
 
 
 def _plain_conv(layer: Any) -> nn.Module:
@@ -188,7 +190,7 @@ def fold(module: nn.Module) -> nn.Module:
     """A copy of `module` for inference, in evaluation mode, with everything foldable folded away.
 
     Same inputs, same outputs within float tolerance; parameters need no gradient, names of modules
-    stay, and what is one module under two names stays one. What cannot be shown to compute the same
+    stay, and what is one module under two names stays one. What cannot be read_elsewhere to compute the same
     stays: layers with hooks, parametrizations or a forward pass of their own, convolutions whose
     weights or outputs others use. A network that `torch.fx` cannot trace keeps its norms, as
     PyTorch's batch norms. A warning says so.
@@ -198,11 +200,11 @@ def fold(module: nn.Module) -> nn.Module:
     for module in network.modules():
         if isinstance(module, BatchStatisticsNorm | nn.SyncBatchNorm) and len(dims) == 1:
             module.dim = getattr(module, "dim", None) or min(dims)
-    before, shown = _convolutions_before(network)
+    before, read_elsewhere = _convolutions_before(network)
     new: dict[nn.Module, nn.Module] = {
         layer: _plain_conv(layer)
         for layer in network.modules()
-        if isinstance(layer, StandardizedConv) and _is_plain(layer) and layer not in shown
+        if isinstance(layer, StandardizedConv) and _is_plain(layer) and layer not in read_elsewhere
     }
     for layer in network.modules():
         if not (_is_norm(layer) and _is_plain(layer)):

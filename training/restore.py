@@ -32,6 +32,7 @@ def configuration(run: Path) -> Any:
 
 
 def check_own(file: Path, differ: list[str]) -> None:
+    """Raise `ValueError` where a file differs from the run in whose folder it is."""
     if differ:
         raise ValueError(
             f"{file}: of another run ({'; '.join(differ)}); overwrite=true trains anew"
