@@ -190,7 +190,7 @@ def fold(module: nn.Module) -> nn.Module:
     """A copy of `module` for inference, in evaluation mode, with everything foldable folded away.
 
     Same inputs, same outputs within float tolerance; parameters need no gradient, names of modules
-    stay, and what is one module under two names stays one. What cannot be read_elsewhere to compute the same
+    stay, and what is one module under two names stays one. What cannot be shown to compute the same
     stays: layers with hooks, parametrizations or a forward pass of their own, convolutions whose
     weights or outputs others use. A network that `torch.fx` cannot trace keeps its norms, as
     PyTorch's batch norms. A warning says so.
